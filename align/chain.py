@@ -1,0 +1,205 @@
+"""Runs the stages of a recipe in order. Every wire is checked before anything starts; what is done is skipped."""
+
+import errno
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from align import artifacts
+from align.artifacts import Manifest
+from align.config.errors import UserError
+from align.config.schema import RunConfig, StageConfig, ZeroChoice
+from align.data.prepare import check_slot, slot_digests
+from align.distributed import runtime
+from align.distributed.runtime import Runtime
+from align.models.load import check_model, context_length
+from align.stages.context import SLOTS, RunContext, flat, plain, stage_record
+from align.stages.table import RUN
+from align.stages.training import input_digests
+from align.tracking.progress import say
+from align.tracking.summary import summary
+from align.trainers.quiet import quiet_libraries
+
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+NOT_ALLOWED = (errno.EACCES, errno.EPERM, errno.EROFS)
+
+
+def run_chain(config: RunConfig) -> list[Manifest]:
+    """Run, resume or skip every stage of `config.run`; returns their manifests and prints the summary.
+
+    Raises: UserError for anything a person can mend.
+    """
+    run_dir = Path(config.run_dir)
+    quiet_libraries()
+    check_chain(config, run_dir)
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        _check_writable(run_dir)
+        this = runtime.start(
+            deepspeed=config.deepspeed.mode is not ZeroChoice.none
+            and (config.deepspeed.mode is ZeroChoice.zero or runtime.launched_world_size() > 1),
+            timeout_seconds=config.deepspeed.timeout_seconds,
+        )
+        manifests = [_run_stage(config, name, run_dir, this) for name in config.run]
+    except OSError as error:
+        raise _disk_error(error, run_dir) from error
+    except Exception as error:
+        # safetensors and torch report a full disk in their own words.
+        if "No space left on device" in str(error) or "PytorchStreamWriter failed" in str(error):
+            raise _disk_error(OSError(errno.ENOSPC, "No space left on device"), run_dir) from error
+        raise
+    if this.is_main:
+        print(summary(config, run_dir, manifests))
+    runtime.stop()
+    return manifests
+
+
+def check_chain(config: RunConfig, run_dir: Path) -> None:
+    """Prove that every stage will find its inputs: files that exist, hub ids, or the output of an earlier stage.
+
+    Raises: UserError naming the key of the first wire that leads nowhere.
+    """
+    if not config.run:
+        raise UserError("run is empty: name the stages to run, such as run=[sft,dpo]")
+    for position, name in enumerate(config.run):
+        if name not in RUN:
+            raise UserError(f"run: no stage is called {name}; stages are {', '.join(RUN)}")
+        if name in config.run[:position]:
+            raise UserError(f"run: {name} is there twice; a chain runs a stage once")
+        stage = getattr(config.stages, name)
+        if stage is None:
+            raise UserError(f"run has {name}, but stages.{name} is not set; add stage=[{','.join(config.run)}]")
+        for key, wire in _wires(name, stage).items():
+            _check_wire(key, wire, config.run[:position], run_dir)
+        if isinstance(stage, StageConfig):
+            _check_context_length(config, name, stage)
+        check_slot(config.data, SLOTS[name])
+
+
+def _check_context_length(config: RunConfig, name: str, stage: StageConfig) -> None:
+    """Refuse rows longer than the positions of the model that the chain starts from."""
+    start = stage
+    for earlier in reversed(config.run[: config.run.index(name)]):
+        if start.policy == f"{config.run_dir}/{earlier}/policy":
+            start = getattr(config.stages, earlier)
+    longest = context_length(start.policy)
+    if longest is not None and stage.max_tokens > longest:
+        raise UserError(
+            f"stages.{name}.max_tokens={stage.max_tokens}, but {start.policy} has {longest} positions; "
+            f"use stages.{name}.max_tokens={longest}"
+        )
+
+
+def _wires(name: str, stage: Any) -> dict[str, str]:
+    """Config key -> model for every model that a stage takes in."""
+    if isinstance(stage, StageConfig):
+        wires = {f"stages.{name}.policy": stage.policy}
+        reference = plain(stage).get("reference")
+        return wires | ({f"stages.{name}.reference": reference} if reference else {})
+    return {f"stages.{name}.models.{key}": path for key, path in stage.models.items()}
+
+
+def _check_wire(key: str, wire: str, earlier: list[str], run_dir: Path) -> None:
+    path = Path(wire)
+    if path.parent.parent == run_dir and path.name == "policy":
+        producer = path.parent.name
+        if producer in earlier or artifacts.read_manifest(path.parent) is not None:
+            return
+        raise UserError(f"{key}={wire}: stage {producer} has not run; run it first, or put it before in run=")
+    check_model(wire, where=key)
+
+
+def _check_writable(run_dir: Path) -> None:
+    probe = run_dir / f".writable-{os.getpid()}"
+    probe.write_text("")
+    probe.unlink()
+
+
+def _disk_error(error: OSError, run_dir: Path) -> BaseException:
+    """The one line for a disk that is full or closed; any other error unchanged."""
+    if error.errno in DISK_FULL:
+        return UserError(f"{run_dir}: the disk is full; free some space and type the same command to go on")
+    if error.errno in NOT_ALLOWED:
+        return UserError(
+            f"{error.filename or run_dir}: not writable ({error.strerror}); use another run_dir or cache_dir"
+        )
+    return error
+
+
+def _run_stage(config: RunConfig, name: str, run_dir: Path, this: Runtime) -> Manifest:
+    context = RunContext(config, this, run_dir, name)
+    done = _complete(context)
+    runtime.barrier()
+    if done is not None:
+        say(f"{name}: complete, skipped ({context.stage_dir})", active=this.is_main)
+        return done
+    if this.is_main:
+        _start_stage(context)
+    runtime.barrier()
+    manifest = RUN[name](getattr(config.stages, name), context)
+    runtime.barrier()
+    if this.is_main:
+        artifacts.write_manifest(context.stage_dir, manifest)
+        _remove_checkpoints(context.stage_dir)
+    runtime.barrier()
+    return manifest
+
+
+def _complete(context: RunContext) -> Manifest | None:
+    """The stage's manifest if it stands and was made by this config from these inputs; None if there is none.
+
+    Raises: UserError naming what differs.
+    """
+    manifest = artifacts.read_manifest(context.stage_dir)
+    record = stage_record(context.config, context.stage_name, context.run_dir)
+    if manifest is None:
+        started = artifacts.read_json(context.stage_dir / artifacts.STARTED)
+        # Without a checkpoint nothing is lost by starting again, such as after a refused row.
+        if started is not None and any((context.stage_dir / "checkpoints").glob("checkpoint-*")):
+            _refuse_other_config(context, started["config"], record)
+        return None
+    _refuse_other_config(context, manifest.config, record)
+    problems = artifacts.damaged_outputs(context.stage_dir, manifest)
+    if problems:
+        raise UserError(f"{context.stage_dir}: {problems[0]}; delete this folder to make it again")
+    _refuse_other_inputs(context, manifest)
+    return manifest
+
+
+def _refuse_other_config(context: RunContext, then: dict[str, Any], now: dict[str, Any]) -> None:
+    old, new = flat(then), flat(now)
+    changed = [
+        f"{key} was {old.get(key)}, is {new.get(key)}" for key in sorted(old | new) if old.get(key) != new.get(key)
+    ]
+    if changed:
+        raise UserError(
+            f"{context.stage_dir} was made by another config: {'; '.join(changed)}; use another run_dir, "
+            "or delete that folder to make it again"
+        )
+
+
+def _refuse_other_inputs(context: RunContext, manifest: Manifest) -> None:
+    stage = getattr(context.config.stages, context.stage_name)
+    models = _wires(context.stage_name, stage).values()
+    now = {d["path"]: d["digest"] for model in models for d in input_digests(model, "")}
+    now |= {d["path"]: d["digest"] for d in slot_digests(context.config.data, SLOTS[context.stage_name])}
+    changed = [i["path"] for i in manifest.inputs if now.get(i["path"], i["digest"]) != i["digest"]]
+    if changed:
+        raise UserError(
+            f"{context.stage_dir} was made from other inputs: {', '.join(changed)} changed since; use another "
+            "run_dir, or delete that folder to make it again"
+        )
+
+
+def _start_stage(context: RunContext) -> None:
+    context.stage_dir.mkdir(parents=True, exist_ok=True)
+    record = stage_record(context.config, context.stage_name, context.run_dir)
+    (context.stage_dir / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(plain(context.config))))
+    artifacts.write_json(context.stage_dir / artifacts.STARTED, {"config": record})
+
+
+def _remove_checkpoints(stage_dir: Path) -> None:
+    shutil.rmtree(stage_dir / "checkpoints", ignore_errors=True)

@@ -1,0 +1,195 @@
+"""The command line: Hydra in, RunConfig out. The last place where a DictConfig exists.
+
+A run is composed with Hydra's compose API, so that no folder, log file or error format of Hydra's comes in between.
+Sweeps and `--info`, `--shell-completion`, `--cfg hydra` go through `hydra.main`.
+"""
+
+import argparse
+import os
+import re
+import shlex
+import shutil
+import sys
+import tempfile
+import traceback
+from pathlib import Path
+from typing import Any, NoReturn
+
+from align import __version__
+from align.config import listing
+from align.config.errors import UserError
+from align.config.schema import RunConfig, Verb
+
+USER_ERROR, INTERRUPTED = 2, 130
+
+
+def main(arguments: list[str]) -> int:
+    """Run a command line; returns the exit code: 0, 2 for anything the user can mend, 130 when interrupted."""
+    try:
+        return _dispatch(arguments)
+    except UserError as error:
+        if os.environ.get("ALIGN_DEBUG"):
+            traceback.print_exc()
+        _say(str(error))
+        return USER_ERROR
+    except KeyboardInterrupt:
+        _say(f"interrupted; the same command resumes: {' '.join(['python -m align', *map(shlex.quote, arguments)])}")
+        return INTERRUPTED
+    except BrokenPipeError:
+        # `| head` closed our output; nobody is left to tell.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def run(config: RunConfig) -> None:
+    """Do what the verb says."""
+    if config.do is Verb.recipes:
+        from align.verbs.recipes import show_recipe
+
+        print(show_recipe(config), end="")
+    else:
+        assert config.do is Verb.train
+        from align.chain import run_chain
+
+        run_chain(config)
+
+
+def _dispatch(arguments: list[str]) -> int:
+    if not arguments:
+        print(listing.recipe_list() + "\n\nalign: no recipe; run one with python -m align +recipe=NAME, see --help")
+        return USER_ERROR
+    if "--version" in arguments:
+        print(f"align {__version__}")
+        return 0
+    flags = _parse_flags(arguments)
+    user_dir = Path(flags.config_dir) if flags.config_dir else None
+    if flags.help:
+        print("\n".join(map(listing.key_help, flags.overrides)) if flags.overrides else listing.help_text(user_dir))
+    elif flags.hydra_help or flags.info or flags.shell_completion or flags.cfg in ("hydra", "all"):
+        _hydra_main(arguments)
+    elif flags.multirun:
+        return _sweep(flags.overrides, user_dir)
+    elif "do=recipes" in flags.overrides and not any("recipe=" in o for o in flags.overrides):
+        print(listing.recipe_list(user_dir))
+    else:
+        _single_run(flags, user_dir)
+    return 0
+
+
+def _parse_flags(arguments: list[str]) -> argparse.Namespace:
+    from hydra._internal.utils import get_args_parser
+
+    parser = get_args_parser()
+    parser.error = _refuse_flags  # type: ignore[method-assign]
+    flags = parser.parse_intermixed_args(arguments)
+    for name in ("config_path", "config_name", "experimental_rerun"):
+        if getattr(flags, name):
+            raise UserError(f"--{name.replace('_', '-')} is not supported; --config-dir DIR adds options of your own")
+    if (flags.resolve and not flags.cfg) or (flags.package and not flags.cfg):
+        raise UserError("--resolve and --package go with --cfg job")
+    return flags
+
+
+def _refuse_flags(message: str) -> NoReturn:
+    raise UserError(f"{message}; see --help")
+
+
+def _single_run(flags: argparse.Namespace, user_dir: Path | None) -> None:
+    from align.config.store import compose_run
+
+    composed = compose_run(flags.overrides, user_dir)
+    for note in composed.notes:
+        _say(note)
+    if flags.cfg:
+        print(_yaml(composed.tree, flags.package, flags.resolve), end="")
+    else:
+        run(composed.config)
+
+
+def _yaml(tree: Any, package: str | None, resolve: bool) -> str:
+    from omegaconf import OmegaConf
+
+    if package is None:
+        return OmegaConf.to_yaml(tree, resolve=resolve)
+    node = OmegaConf.select(tree, package)
+    if node is None:
+        raise UserError(f"--package {package}: there is no such part in this run")
+    is_section = OmegaConf.is_config(node)
+    text = OmegaConf.to_yaml(node, resolve=resolve) if is_section else OmegaConf.to_yaml(OmegaConf.create([node]))[2:]
+    return f"# @package {package}\n{text}"
+
+
+def _sweep(arguments: list[str], user_dir: Path | None) -> int:
+    """Run every combination, each in a folder of its own below run_dir; one that fails does not stop the others."""
+    from hydra.core.hydra_config import HydraConfig
+
+    from align.config import refusals, store
+
+    overrides = refusals.parse(arguments, user_dir)
+    store.check_command_line(overrides, sweep=True, user_dir=user_dir)
+    for member in _known_members(overrides):
+        store.compose_run(member, user_dir)
+    fixed = {o.input_line for o in overrides if not o.is_sweep_override()}
+    failed: list[str] = []
+
+    def run_member(_: Any) -> None:
+        member = list(HydraConfig.get().overrides.task)
+        name = member_name([line for line in member if line not in fixed])
+        base = store.compose_run(member, user_dir).config.run_dir
+        folder = f"{base}/{name}" if name else base
+        without = [line for line in member if not line.startswith("run_dir=")]
+        composed = store.compose_run([*without, f"run_dir={store.quoted(folder)}"], user_dir)
+        _say(f"sweep: {name or 'one run'} in {folder}")
+        try:
+            run(composed.config)
+        except UserError as error:
+            failed.append(name)
+            _say(f"sweep: {name}: {error}")
+
+    # Hydra writes multirun.yaml and a folder a member; the run folders have all of it.
+    scratch = tempfile.mkdtemp(prefix="align-sweep-")
+    try:
+        own_dir = ["--config-dir", str(user_dir)] if user_dir else []
+        _hydra_main(["-m", *own_dir, *arguments, f"hydra.sweep.dir={scratch}"], run_member)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    if failed:
+        _say(f"sweep: {len(failed)} failed: {'; '.join(failed)}")
+    return USER_ERROR if failed else 0
+
+
+def _known_members(overrides: list[Any]) -> list[list[str]]:
+    """The members of a sweep over listed values, to be checked before one runs; other sweepers decide as they go."""
+    from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+
+    if any(o.key_or_group.startswith(("hydra.", "hydra/")) for o in overrides):
+        return []
+    for override in overrides:
+        if override.is_sweep_override() and not override.is_discrete_sweep():
+            raise UserError(
+                f"{override.input_line}: name the values, or a sweeper that chooses them: hydra/sweeper=..."
+            )
+    return [member for batch in BasicSweeper.split_arguments(overrides, None) for member in batch]
+
+
+def member_name(lines: list[str]) -> str:
+    """A folder name that tells a sweep's members apart: the values that differ, without path separators."""
+    return ",".join(re.sub(r"[^\w.=+,-]+", "_", line.lstrip("+")) for line in sorted(lines))
+
+
+def _hydra_main(arguments: list[str], task: Any = None) -> None:
+    import hydra
+
+    from align.config.store import register
+
+    register()
+    sys.argv = ["align", *arguments]
+    hydra.main(version_base="1.3", config_path=str(listing.conf_dir()), config_name="config")(
+        task or (lambda _: None)
+    )()
+
+
+def _say(message: str) -> None:
+    """One line on stderr, from the first rank of a launch."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"align: {message}", file=sys.stderr)

@@ -1,0 +1,143 @@
+"""Keys of the command line that would change nothing: refused, with the reason. A recipe's keys are not judged."""
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from align.config.errors import UserError
+from align.config.keys import SLOTS, stage_of
+from align.config.schema import (
+    OnBadRows,
+    PairLoss,
+    PeftMethod,
+    RunConfig,
+    StageConfig,
+    ZeroChoice,
+)
+
+SMOOTHED = (PairLoss.sigmoid, PairLoss.robust, PairLoss.sigmoid_norm)
+
+
+@dataclass(frozen=True)
+class Typed:
+    """A key of the command line, with the run that it is part of."""
+
+    path: str
+    config: RunConfig
+    slots: dict[str, Any]
+    """`data` before interpolation, so that it shows which slot reads which."""
+    given: frozenset[str]
+    """All keys of the command line."""
+
+    @property
+    def stage(self) -> Any:
+        """The settings of the stage that the key belongs to."""
+        return getattr(self.config.stages, str(stage_of(self.path)))
+
+
+def refuse_without_effect(given: list[str], config: RunConfig, slots: dict[str, Any]) -> None:
+    """Judge the keys given on the command line against the run they are part of.
+
+    Raises: UserError for the first that would change nothing.
+    """
+    for path in given:
+        typed = Typed(path, config, slots, frozenset(given))
+        for pattern, idle, reason in RULES:
+            if fnmatchcase(path, pattern) and idle(typed):
+                raise UserError(f"{path} would have no effect: {reason.format(**_words(typed))}")
+
+
+def _words(typed: Typed) -> dict[str, str]:
+    return {
+        "run": ", ".join(typed.config.run),
+        "stage": str(stage_of(typed.path)),
+        "slots": ", ".join(f"data.{name}" for name in sorted(_slots_read(typed))),
+    }
+
+
+def _slots_read(typed: Typed) -> set[str]:
+    """The slots that the stages read, and those that these read in turn."""
+    read: set[str] = set()
+    waiting = [SLOTS[name] for name in typed.config.run if name in SLOTS]
+    while waiting:
+        slot = waiting.pop()
+        if slot not in read:
+            read.add(slot)
+            waiting += re.findall(r"\$\{data\.(\w+)", str(typed.slots.get(slot)))
+    return read
+
+
+def _unread_slot(typed: Typed) -> bool:
+    return typed.path.split(".")[1] not in _slots_read(typed)
+
+
+def _no_trained_stage(typed: Typed) -> bool:
+    stages = [getattr(typed.config.stages, name) for name in typed.config.run]
+    return not any(isinstance(stage, StageConfig) for stage in stages)
+
+
+def _models(config: RunConfig) -> Iterator[str]:
+    """Every model that the run loads, by path or id."""
+    yield config.model.path
+    for name in config.run:
+        stage = getattr(config.stages, name)
+        yield from stage.models.values() if name == "evaluate" else [stage.policy]
+        for field in fields(stage):
+            if field.name == "reference" and stage.reference:
+                yield stage.reference
+
+
+def _no_model_from_hub(typed: Typed) -> bool:
+    return all(model.startswith("tiny-") or Path(model).expanduser().is_dir() for model in _models(typed.config))
+
+
+def _only_embedded_models(typed: Typed) -> bool:
+    return all(model.startswith("tiny-") for model in _models(typed.config))
+
+
+Rule = tuple[str, Callable[[Typed], bool], str]
+RULES: tuple[Rule, ...] = (
+    ("stages.*", lambda t: stage_of(t.path) not in t.config.run, "the run has no stage {stage}, only {run}"),
+    ("peft.*", _no_trained_stage, "the run trains nothing ({run})"),
+    (
+        "peft.*",
+        lambda t: t.path != "peft.method" and t.config.peft.method is PeftMethod.none,
+        "peft=none trains every weight; add peft=lora",
+    ),
+    *(
+        (key, lambda t: t.config.deepspeed.mode is not ZeroChoice.zero, "only ZeRO reads it; add deepspeed=zero2")
+        for key in ("deepspeed.stage", "deepspeed.offload")
+    ),
+    *(
+        (f"log.{key}", lambda t: not t.config.log.wandb, "nothing is sent to wandb; add log=wandb")
+        for key in ("project", "entity", "mode")
+    ),
+    *(
+        (pattern, _unread_slot, "no stage of this run ({run}) reads it; they read {slots}")
+        for slot in sorted(set(SLOTS.values()))
+        for pattern in (f"data.{slot}", f"data.{slot}.*")
+    ),
+    (
+        "data.max_bad_fraction",
+        lambda t: t.config.data.on_bad_rows is OnBadRows.drop,
+        "data.on_bad_rows=drop never stops",
+    ),
+    ("model.revision", _no_model_from_hub, "only a hub id has revisions, and no model of this run is one"),
+    ("model.trust_remote_code", _only_embedded_models, "the embedded models come without code"),
+    ("stages.*.epochs", lambda t: t.stage.max_steps is not None, "stages.{stage}.max_steps takes the place of epochs"),
+    (
+        "stages.*.keep_checkpoints",
+        lambda t: t.stage.save_every == 0,
+        "stages.{stage}.save_every=0 writes no checkpoints",
+    ),
+    (
+        "stages.dpo.label_smoothing",
+        lambda t: t.stage.loss not in SMOOTHED,
+        "this loss has no label smoothing; sigmoid, robust and sigmoid_norm have",
+    ),
+    ("stages.evaluate.seed", lambda t: t.stage.temperature == 0, "stages.evaluate.temperature=0 samples nothing"),
+)
+"""(keys, true where they change nothing, why)"""

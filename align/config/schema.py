@@ -1,0 +1,307 @@
+"""The whole configuration as types. Imports no torch: `--cfg job`, `--help` and every refusal stay instant.
+
+A default is stated once, here. Option files in `conf/` and recipes set only what differs from it.
+"""
+
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any, Dict, List, Optional
+
+
+class Verb(Enum):
+    """What `do=` may be."""
+
+    train = "train"
+    recipes = "recipes"
+
+
+class OnBadRows(Enum):
+    """What happens to rows that cannot be used."""
+
+    error = "error"
+    drop = "drop"
+
+
+class Precision(Enum):
+    """Number format of the forward and backward pass; `auto` is bf16 on a GPU and fp32 on a CPU."""
+
+    auto = "auto"
+    fp32 = "fp32"
+    bf16 = "bf16"
+
+
+class Schedule(Enum):
+    """Shape of the learning rate after warm-up."""
+
+    constant = "constant"
+    linear = "linear"
+    cosine = "cosine"
+
+
+class Optimizer(Enum):
+    """`muon` (Jordan et al. 2024) for the matrices of the layers, AdamW for everything else; `adamw` for all."""
+
+    adamw = "adamw"
+    muon = "muon"
+
+
+class PairLoss(Enum):
+    """The preference losses of `align.losses.pairwise`."""
+
+    sigmoid = "sigmoid"
+    hinge = "hinge"
+    ipo = "ipo"
+    robust = "robust"
+    sigmoid_norm = "sigmoid_norm"
+
+
+class Layout(Enum):
+    """How a batch of pairs is laid out; `auto` takes the first that the model is proven to compute exactly."""
+
+    auto = "auto"
+    forest = "forest"
+    sequences = "sequences"
+    padded = "padded"
+
+
+class PeftMethod(Enum):
+    """Parameter-efficient method; `none` trains every weight."""
+
+    none = "none"
+    lora = "lora"
+
+
+class ZeroChoice(Enum):
+    """How model states are spread over ranks: `auto` decides, `none` is plain PyTorch, `zero` ZeRO at `stage`."""
+
+    auto = "auto"
+    none = "none"
+    zero = "zero"
+
+
+class Offload(Enum):
+    """Where ZeRO keeps optimizer states (and, at stage 3, parameters) between uses."""
+
+    none = "none"
+    cpu = "cpu"
+
+
+class WandbMode(Enum):
+    """`offline` writes files that `wandb sync` sends later."""
+
+    online = "online"
+    offline = "offline"
+
+
+@dataclass
+class ModelConfig:
+    """Which model the first stage starts from, and how it is loaded."""
+
+    path: str = "tiny-base"
+    """A Hugging Face causal model folder or hub id, or an embedded model: tiny-base, tiny-sft, tiny-untrained."""
+    revision: Optional[str] = None
+    """Hub revision (branch, tag or commit). Ignored values are refused: only a hub id has one."""
+    chat_template: Optional[str] = None
+    """For a tokenizer that has none: a .jinja file, or `plain` (roles as words, no new tokens). Also replaces one."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model."""
+
+
+@dataclass
+class DataConfig:
+    """Where rows come from: one slot a kind. A slot is a path, a glob, a hub id, `tiny:<kind>`, or a list of sources
+    `{path, format, split, take}`; a stage takes the slot of its kind."""
+
+    text: Any = None
+    """Continued pretraining: plain documents."""
+    demonstrations: Any = None
+    """SFT: conversations. Preference rows are accepted too; their chosen answers are used."""
+    preferences: Any = None
+    """DPO and reward: pairs of answers."""
+    prompts: Any = None
+    """Evaluation and RL: prompts only. Rows of any other format are accepted too; their prompts are used."""
+    format: str = "auto"
+    """Row format of sources that do not name their own; `auto` finds it and says which."""
+    split: str = "train"
+    """Split taken from hub data sets."""
+    on_bad_rows: OnBadRows = OnBadRows.error
+    """`error` stops when more than max_bad_fraction of the rows are bad, `drop` never; both list them in a file."""
+    max_bad_fraction: float = 0.01
+    """Share of bad rows above which `on_bad_rows=error` stops."""
+    held_out_fraction: float = 0.05
+    """Share of conversations kept out of training, by a hash of the first turn so that near copies stay together."""
+
+
+@dataclass
+class PeftConfig:
+    """Parameter-efficient fine-tuning."""
+
+    method: PeftMethod = PeftMethod.none
+    """none | lora"""
+    r: int = 16
+    """Rank of the update."""
+    alpha: int = 32
+    """Scale of the update is alpha / r."""
+    dropout: float = 0.0
+    """Dropout on the adapter's input."""
+    target_modules: Any = "all-linear"
+    """`all-linear`, or a list of module names."""
+    keep_adapter: bool = False
+    """Leave policy/ as base + adapter instead of merging. The adapter is kept in adapter/ in both cases."""
+
+
+@dataclass
+class DeepSpeedConfig:
+    """ZeRO: how model states are spread over ranks."""
+
+    mode: ZeroChoice = ZeroChoice.auto
+    """auto | none | zero"""
+    stage: int = 2
+    """ZeRO stage 0-3, when mode=zero."""
+    offload: Offload = Offload.none
+    """none | cpu"""
+    timeout_seconds: int = 1800
+    """A collective that takes longer ends the run on every rank."""
+
+
+@dataclass
+class LogConfig:
+    """Where figures go besides the run folder, which always has them."""
+
+    wandb: bool = False
+    """Log to Weights & Biases from rank 0."""
+    project: str = "align"
+    """wandb project."""
+    entity: Optional[str] = None
+    """wandb team or user."""
+    mode: WandbMode = WandbMode.online
+    """online | offline; the environment variable WANDB_MODE wins."""
+    every: int = 1
+    """Optimizer steps between logged lines."""
+
+
+@dataclass
+class StageConfig:
+    """What every trained stage takes, under the same names."""
+
+    policy: str = "${model.path}"
+    """The model to start from: a folder, a hub id, an embedded name, or the output of an earlier stage."""
+    max_steps: Optional[int] = None
+    """Optimizer steps; takes the place of epochs."""
+    epochs: float = 1.0
+    """Passes over the rows."""
+    learning_rate: float = 2e-5
+    """Peak learning rate."""
+    schedule: Schedule = Schedule.cosine
+    """constant | linear | cosine, after warm-up."""
+    warmup_fraction: float = 0.05
+    """Share of the steps in which the learning rate rises from zero."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay."""
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this norm. 0 turns it off."""
+    optimizer: Optimizer = Optimizer.adamw
+    """adamw | muon"""
+    batch_size: int = 32
+    """Sequences (pairs in DPO, packed rows in packed SFT) per optimizer step, over all ranks."""
+    micro_batch_size: int = 4
+    """Sequences (pairs, packed rows) per rank per forward. batch_size = this x accumulation x ranks, exactly."""
+    max_tokens: int = 1024
+    """Longest row; longer ones are dropped and counted, never cut. In packed SFT also the length of a packed row."""
+    activation_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+    seed: int = 7
+    """Order of rows and initial adapter weights."""
+    eval_every: int = 0
+    """Optimizer steps between evaluations on held-out rows. 0: only before the first step and after the last."""
+    save_every: int = 100
+    """Optimizer steps between checkpoints. 0: none, an interrupted stage starts again."""
+    keep_checkpoints: int = 2
+    """Newest checkpoints kept while training; all are removed once the stage is complete."""
+
+
+@dataclass
+class SFTStage(StageConfig):
+    """Supervised fine-tuning on `data.demonstrations`: only assistant tokens are trained."""
+
+    packing: bool = True
+    """Several conversations in one row, best fit decreasing, without seeing each other."""
+
+
+@dataclass
+class PretrainStage(StageConfig):
+    """Continued pretraining on `data.text`: every token is trained."""
+
+    packing: bool = True
+    """Several documents in one row, best fit decreasing, without seeing each other."""
+
+
+@dataclass
+class DPOStage(StageConfig):
+    """Direct preference optimisation on `data.preferences`."""
+
+    learning_rate: float = 1e-6
+    reference: Optional[str] = None
+    """The frozen reference; null: the policy as it was before the first step."""
+    loss: PairLoss = PairLoss.sigmoid
+    """sigmoid | hinge | ipo | robust | sigmoid_norm"""
+    beta: float = 0.1
+    """Strength of the pull to the reference."""
+    label_smoothing: float = 0.0
+    """Assumed share of swapped labels (losses sigmoid, sigmoid_norm and robust)."""
+    nll_weight: float = 0.0
+    """Weight of an added negative log-likelihood of the chosen answer, a mean over its tokens. 0 turns it off."""
+    layout: Layout = Layout.auto
+    """auto | forest | sequences | padded"""
+
+
+@dataclass
+class EvaluateStage:
+    """Replies of several models to the same held-out prompts, side by side; judged where the data knows the truth."""
+
+    models: Dict[str, str] = field(default_factory=dict)
+    """Name -> folder, hub id, embedded name, or the output of an earlier stage."""
+    max_prompts: int = 64
+    """Prompts answered by each model, the first ones in file order (for the embedded world: of each kind)."""
+    max_new_tokens: int = 64
+    """Longest reply."""
+    batch_size: int = 32
+    """Prompts generated together."""
+    temperature: float = 0.0
+    """0 is greedy."""
+    seed: int = 7
+    """Sampling seed, when temperature > 0."""
+
+
+@dataclass
+class Stages:
+    """The settings of each stage in `run`."""
+
+    pretrain: Optional[PretrainStage] = None
+    sft: Optional[SFTStage] = None
+    dpo: Optional[DPOStage] = None
+    evaluate: Optional[EvaluateStage] = None
+
+
+@dataclass
+class RunConfig:
+    """One run: a chain of stages over shared model, data and machine settings."""
+
+    name: str = "???"
+    """Name of the recipe; also the wandb group."""
+    run: List[str] = field(default_factory=list)
+    """Stages in order. A part of a chain may be run alone; the rest is found in run_dir."""
+    do: Verb = Verb.train
+    """The verb."""
+    run_dir: str = "runs/${name}"
+    """Everything the run writes. The same command again resumes or skips; a changed config is refused."""
+    cache_dir: str = "${oc.env:ALIGN_CACHE,'~/.cache/align'}"
+    """Tokenised rows and reference log-probabilities, shared by runs."""
+    precision: Precision = Precision.auto
+    """auto | fp32 | bf16"""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    peft: PeftConfig = field(default_factory=PeftConfig)
+    deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+    stages: Stages = field(default_factory=Stages)

@@ -1,0 +1,214 @@
+"""A slot of the config to sources, and a source to rows: files, folders, globs, hub data sets, the embedded world."""
+
+import difflib
+import hashlib
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from align.config.errors import UserError
+from align.data.files import READERS, Rows, file_type, first_line_of, is_data_file, read_file
+from align.data.records import Origin
+
+SLOTS = ("text", "demonstrations", "preferences", "prompts")
+SOURCE_KEYS = ("path", "format", "split", "take")
+TINY = "tiny:"
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+
+
+@dataclass(frozen=True)
+class Source:
+    """One place that rows come from. `take` keeps the first rows in file order; `where` is its config key."""
+
+    path: str
+    format: str
+    split: str
+    take: int | None
+    where: str
+
+
+@dataclass(frozen=True)
+class SourceInput:
+    """What a source was when it was read: sha256 of a file's bytes or of embedded rows, or `hub:<revision>`."""
+
+    path: str
+    digest: str
+
+
+def parse_slot(slot: Any, name: str, *, format: str, split: str) -> list[Source]:
+    """The sources of the slot `data.<name>`: a path, a dictionary, or a list of these.
+
+    Raises: UserError for an empty slot, a wrong key (with a near match) or a wrong type.
+    """
+    where = f"data.{name}"
+    if slot is None or slot == "" or slot == []:
+        raise UserError(f"{where} is not set; give a file, a folder, a hub id or tiny:{name}")
+    if isinstance(slot, str | dict):
+        return [_parse_source(slot, where, format, split)]
+    if isinstance(slot, list | tuple):
+        return [_parse_source(item, f"{where}[{index}]", format, split) for index, item in enumerate(slot)]
+    raise UserError(f"{where}={slot!r}: a path or a list of sources was expected, found {type(slot).__name__}")
+
+
+def _parse_source(item: Any, where: str, format: str, split: str) -> Source:
+    if isinstance(item, str):
+        item = {"path": item}
+    if not isinstance(item, dict):
+        raise UserError(f"{where}: a source is a path or {{path, format, split, take}}, found {type(item).__name__}")
+    for key in item:
+        if key not in SOURCE_KEYS:
+            near = difflib.get_close_matches(str(key), SOURCE_KEYS, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise UserError(f"{where}: a source has no key {key!r} (it takes {', '.join(SOURCE_KEYS)}){hint}")
+    path, take = item.get("path"), item.get("take")
+    if not isinstance(path, str) or not path:
+        raise UserError(f"{where}: a source needs a path")
+    if take is not None and (not isinstance(take, int) or isinstance(take, bool) or take < 1):
+        raise UserError(f"{where}.take={take!r}: a number of rows from 1 up was expected")
+    return Source(path, item.get("format") or format, item.get("split") or split, take, where)
+
+
+def source_files(source: Source) -> list[Path]:
+    """The local files of a source, sorted; empty for hub data sets and the embedded world.
+
+    Raises: UserError if the source is a path that leads nowhere.
+    """
+    if source.path.startswith(TINY):
+        _tiny_kind(source)
+        return []
+    path = Path(source.path).expanduser()
+    if path.is_dir():
+        return _folder_files(source, path)
+    if path.exists():
+        return [path]
+    if any(character in source.path for character in "*?["):
+        return _glob_files(source, path)
+    if is_hub_id(source.path):
+        return []
+    raise UserError(f"{source.where}={source.path}: no such file{_near_sibling(path)}")
+
+
+def is_hub_id(path: str) -> bool:
+    """Whether a path that does not exist reads as `organisation/name`; a path with a data suffix never does."""
+    return HUB_ID.fullmatch(path) is not None and file_type(Path(path)) not in READERS
+
+
+def _tiny_kind(source: Source) -> str:
+    kind = source.path.removeprefix(TINY)
+    if kind not in SLOTS:
+        raise UserError(
+            f"{source.where}={source.path}: the embedded data has {', '.join(TINY + slot for slot in SLOTS)}"
+        )
+    return kind
+
+
+def _folder_files(source: Source, folder: Path) -> list[Path]:
+    """Data files at any depth. Beside other data, .txt files are notes (SOURCE.txt, LICENSE.txt), not rows."""
+    files = sorted(file for file in folder.rglob("*") if is_data_file(file) and not _hidden(file, folder))
+    if (folder / "state.json").is_file():  # written by datasets' save_to_disk: the rest is bookkeeping
+        files = [file for file in files if file_type(file) == ".arrow"]
+    structured = [file for file in files if file_type(file) != ".txt"]
+    if not files:
+        raise UserError(f"{source.where}={source.path}: the folder holds no data files ({', '.join(sorted(READERS))})")
+    return structured or files
+
+
+def _hidden(file: Path, folder: Path) -> bool:
+    return any(part.startswith(".") for part in file.relative_to(folder).parts)
+
+
+def _glob_files(source: Source, pattern: Path) -> list[Path]:
+    anchor = Path(pattern.anchor) if pattern.anchor else Path()
+    files = sorted(file for file in anchor.glob(str(pattern.relative_to(anchor))) if file.is_file())
+    if not files:
+        raise UserError(f"{source.where}={source.path}: no file matches the pattern")
+    return files
+
+
+def _near_sibling(path: Path) -> str:
+    """` ; did you mean X?`: from the files beside it, or the folders beside its missing folder."""
+    while not path.parent.is_dir():
+        path = path.parent
+    near = difflib.get_close_matches(path.name, sorted(entry.name for entry in path.parent.iterdir()), n=1)
+    return f"; did you mean {path.parent / near[0]}?" if near else f" (nothing like it in {path.parent.resolve()})"
+
+
+def read_rows(source: Source) -> Rows:
+    """The rows of a source with their origins, in file order, at most `take`."""
+    return islice(_all_rows(source), source.take)
+
+
+def _all_rows(source: Source) -> Rows:
+    if source.path.startswith(TINY):
+        yield from _tiny_rows(source)
+        return
+    files = source_files(source)
+    if files:
+        for file in files:
+            yield from read_file(file)
+    else:
+        for index, row in enumerate(_hub_data(source), start=1):
+            yield Origin(source.path, index, has_lines=False), row
+
+
+def _tiny_rows(source: Source) -> Rows:
+    from align.world import generator
+
+    for index, row in enumerate(generator.rows(_tiny_kind(source)), start=1):
+        yield Origin(source.path, index, has_lines=False), row
+
+
+def _hub_data(source: Source) -> Any:
+    """A hub data set's split, from the local hub cache where it is there.
+
+    Raises: UserError if the hub cannot be reached or has no such data set or split.
+    """
+    import datasets
+
+    try:
+        return datasets.load_dataset(source.path, split=source.split)
+    except Exception as error:
+        raise UserError(
+            f"{source.where}={source.path}: no such local file, and split {source.split!r} of the hub data set cannot "
+            f"be loaded ({type(error).__name__}: {first_line_of(error)}); check name and network, or give a file"
+        ) from error
+
+
+def source_inputs(source: Source, *, with_hub: bool = True) -> Iterator[SourceInput]:
+    """What a source is made of, with digests; hub data sets are left out unless `with_hub`, which may load them."""
+    if source.path.startswith(TINY):
+        from align.world import generator
+
+        yield SourceInput(source.path, generator.digest(generator.rows(_tiny_kind(source))))
+        return
+    files = source_files(source)
+    for file in files:
+        yield SourceInput(str(file), _file_digest(file))
+    if not files and with_hub:
+        yield SourceInput(source.path, f"hub:{hub_revision(_hub_data(source))}")
+
+
+def _file_digest(path: Path) -> str:
+    digest = hashlib.sha256()
+    try:
+        with open(path, "rb") as handle:
+            while block := handle.read(1 << 20):
+                digest.update(block)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
+    return digest.hexdigest()
+
+
+def hub_revision(data: Any) -> str:
+    """The commit a hub data set was taken at, or a digest of its rows where it does not say."""
+    for url in getattr(data.info, "download_checksums", None) or {}:
+        if match := re.search(r"@([0-9a-f]{40})", url):
+            return match.group(1)
+    digest = hashlib.sha256()
+    for row in data:
+        digest.update(json.dumps(row, sort_keys=True, default=str).encode())
+    return digest.hexdigest()

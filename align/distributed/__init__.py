@@ -1,0 +1,1 @@
+"""Ranks, process groups and ZeRO. The only room that imports deepspeed."""

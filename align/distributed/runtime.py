@@ -1,0 +1,99 @@
+"""Which rank this is, and the few collectives the library needs; every one of them is a no-op on one rank."""
+
+import os
+import socket
+from contextlib import closing
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """This process among its peers. `device` is where its model lives."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    device: str
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def launched_world_size() -> int:
+    """Ranks that a launcher (deepspeed, torchrun, srun with the usual variables) started; 1 without one."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def start(*, deepspeed: bool, timeout_seconds: int) -> Runtime:
+    """Join the process group if there is anything to join: several ranks, or DeepSpeed on one.
+
+    Must come before TrainingArguments: with `use_cpu=True` accelerate never starts DeepSpeed's process group, and
+    ZeRO-3 then sees a world of one (transformers 5.23, deepspeed 0.19.8, seen 2026-11).
+    """
+    world_size = launched_world_size()
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.set_device(local_rank)
+    if (world_size > 1 or deepspeed) and not dist.is_initialized():
+        _join(deepspeed, "nccl" if cuda else "gloo", timedelta(seconds=timeout_seconds))
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    return Runtime(rank, world_size, local_rank, f"cuda:{local_rank}" if cuda else "cpu")
+
+
+def _join(deepspeed: bool, backend: str, timeout: timedelta) -> None:
+    alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+    for name, value in alone.items():
+        os.environ.setdefault(name, value)
+    os.environ.setdefault("MASTER_PORT", str(_free_port()))
+    os.environ.setdefault("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", os.environ["WORLD_SIZE"]))
+    # The groups that DeepSpeed makes take torch's default of 30 minutes unless this is set too.
+    dist.distributed_c10d.default_pg_timeout = timeout
+    if deepspeed:
+        from align.distributed.zero import join_process_group
+
+        join_process_group(backend, timeout)
+    else:
+        dist.init_process_group(backend, timeout=timeout)
+
+
+def _free_port() -> int:
+    with closing(socket.socket()) as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def stop() -> None:
+    """Leave the process group; a rank that exits without it may abort after its last line."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def barrier() -> None:
+    """Wait for every rank."""
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.barrier()
+
+
+def from_main(value: Any) -> Any:
+    """What rank 0 holds, on every rank (pickled)."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def gather(value: Any) -> list[Any]:
+    """Every rank's value, in rank order, on every rank (pickled)."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return [value]
+    box: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(box, value)
+    return box

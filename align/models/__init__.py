@@ -1,0 +1,1 @@
+"""Models and tokenizers: finding, loading, adapting and saving them."""

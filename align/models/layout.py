@@ -1,0 +1,162 @@
+"""Which batch layout a model computes exactly, proven on one real batch before anything is trained."""
+
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from align.config.errors import UserError
+from align.config.schema import Layout
+from align.data.forest import Tree, lay_out
+from align.models.attention import FOREST_ATTENTION, forest_masks
+
+# Mean difference of token log-probabilities that is rounding for sure. On top of it comes three times what right
+# padding, which every causal model computes exactly, differs by: bf16 rounds the logits of large models by 0.01 to 0.1.
+# A wrong mask or window shows as 0.01 to 0.3 (small random models, transformers 5.23, 2026-11).
+FLOOR = {torch.float64: 1e-7, torch.float32: 1e-5, torch.bfloat16: 2e-3, torch.float16: 5e-4}
+
+
+@dataclass(frozen=True)
+class ProvenLayout:
+    """The layout a run uses, and why it is not an earlier one of forest, sequences, padded."""
+
+    layout: Layout
+    reason: str
+
+
+def plain_model(model: nn.Module) -> PreTrainedModel:
+    """The transformers model inside DDP, DeepSpeed and PEFT wrappers."""
+    while not isinstance(model, PreTrainedModel):
+        model = model.module if hasattr(model, "module") else model.get_base_model()
+    return model
+
+
+def _prompt_learning(model: nn.Module) -> bool:
+    """Whether a PEFT adapter puts virtual tokens in front of the real ones."""
+    while hasattr(model, "module"):
+        model = model.module
+    return hasattr(model, "peft_config") and any(c.is_prompt_learning for c in model.peft_config.values())
+
+
+def attach(model: nn.Module, layout: Layout) -> str:
+    """Switch the model to the attention `layout` needs; returns the implementation it had, for `detach`."""
+    plain = plain_model(model)
+    before = plain.config._attn_implementation
+    if layout is Layout.forest and before != FOREST_ATTENTION:
+        plain.set_attn_implementation(FOREST_ATTENTION)
+    return before
+
+
+def detach(model: nn.Module, implementation: str) -> None:
+    """Give the model back the attention implementation that `attach` returned."""
+    plain = plain_model(model)
+    if plain.config._attn_implementation != implementation:
+        plain.set_attn_implementation(implementation)
+
+
+def scored_logits(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+    """The rows of logits that predict `targets`, (S, V), from a batch of `lay_out`.
+
+    Only scoring positions reach the output layer, where the model has `logits_to_keep`.
+    """
+    plain = plain_model(model)
+    positions, width = batch["positions"], batch["input_ids"].shape[1]
+    inputs: dict[str, Any] = {"input_ids": batch["input_ids"], "use_cache": False}
+    inputs |= {key: batch[key] for key in ("position_ids", "attention_mask") if key in batch}
+    if "forest_table" in batch:
+        inputs["attention_mask"] = forest_masks(plain.config, batch["forest_table"])
+    takes_columns = "logits_to_keep" in inspect.signature(type(plain).forward).parameters
+    if not takes_columns or _prompt_learning(model):
+        # Virtual tokens come first, so real positions are counted from the end.
+        logits = model(**inputs).logits[:, -width:]
+        return logits.reshape(-1, logits.shape[-1])[positions]
+    if len(batch["input_ids"]) == 1:
+        return model(**inputs, logits_to_keep=positions).logits[0]
+    columns = torch.unique(positions % width)
+    logits = model(**inputs, logits_to_keep=columns).logits
+    kept = positions // width * len(columns) + torch.searchsorted(columns, positions % width)
+    return logits.flatten(0, 1)[kept]
+
+
+def prove_layout(
+    model: nn.Module,
+    trees: Sequence[Tree],
+    requested: Layout,
+    *,
+    pad_token_id: int,
+    device: torch.device,
+) -> ProvenLayout:
+    """The first layout that gives every token the log-probability it has in its sequence alone; the model is left
+    attached to it.
+
+    `trees` are real ones, longest first: two are enough to show a leak between neighbours, and the longest shows
+    windows. Every rank must call it with the same trees, whatever wraps the model (ZeRO-3 gathers in step).
+    Raises: UserError if `requested` is not `auto` and the model cannot take it.
+    """
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            return _Probe(model, trees, pad_token_id, device).first_exact(requested)
+    finally:
+        model.train(training)
+
+
+@dataclass(frozen=True)
+class _Probe:
+    """One batch of real trees, on which layouts are held against plain forwards."""
+
+    model: nn.Module
+    trees: Sequence[Tree]
+    pad_token_id: int
+    device: torch.device
+
+    def first_exact(self, requested: Layout) -> ProvenLayout:
+        if requested is Layout.padded:
+            return ProvenLayout(Layout.padded, "requested")
+        alone = self._logps_alone()
+        noise = (self._logps(self.trees, Layout.padded) - alone).abs().mean().item()
+        allowed = FLOOR[plain_model(self.model).dtype] + 3 * noise
+        reasons = []
+        for layout in (Layout.forest, Layout.sequences) if requested is Layout.auto else (requested,):
+            problem = self._problem(layout, alone, allowed)
+            if problem is None:
+                return ProvenLayout(layout, "; ".join(reasons) or "exact on real rows")
+            reasons.append(f"{layout.value}: {problem}")
+        if requested is not Layout.auto:
+            raise UserError(f"layout={requested.value} is not exact for this model ({reasons[0]}); set layout=auto")
+        return ProvenLayout(Layout.padded, "; ".join(reasons))
+
+    def _problem(self, layout: Layout, alone: Tensor, allowed: float) -> str | None:
+        """Why `layout` is wrong for the model, or None if it is exact; the model stays attached only if it is."""
+        if _prompt_learning(self.model):
+            return "the adapter puts virtual tokens in front of every row"
+        before = attach(self.model, layout)
+        plain = plain_model(self.model)
+        if layout is Layout.forest and plain.config._attn_implementation != FOREST_ATTENTION:
+            return f"{type(plain).__name__} does not take another attention function"
+        try:
+            packed = self._logps(self.trees, layout)
+        # A model may fail in its own way on a mask it does not know; each way is a no, and is quoted.
+        except Exception as error:
+            detach(self.model, before)
+            return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        difference = (packed - alone).abs().mean().item()
+        if difference <= allowed:
+            return None
+        detach(self.model, before)
+        return f"log-probabilities differ by {difference:.2g} on average from a plain forward"
+
+    def _logps(self, trees: Sequence[Tree], layout: Layout) -> Tensor:
+        batch = {key: value.to(self.device) for key, value in lay_out(trees, layout, self.pad_token_id).items()}
+        logits = scored_logits(self.model, batch).float()
+        return logits.log_softmax(-1).gather(-1, batch["targets"][:, None]).squeeze(-1).cpu()
+
+    def _logps_alone(self) -> Tensor:
+        """Log-probability of every target from a forward of its sequence by itself, no packing and no padding."""
+        alone = [Tree(tree.prompt, (completion,)) for tree in self.trees for completion in tree.completions]
+        return torch.cat([self._logps([one], Layout.padded) for one in alone])

@@ -1,0 +1,1 @@
+"""One file a stage: `run(stage, context) -> Manifest`, on every rank."""

@@ -1,0 +1,97 @@
+"""What every stage is given besides its own settings."""
+
+import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from align.config.schema import RunConfig
+from align.distributed import runtime
+from align.distributed.runtime import Runtime
+
+RUN_DIR = "<run_dir>"
+
+
+@dataclass(frozen=True)
+class RunContext:
+    """One stage's place in a run."""
+
+    config: RunConfig
+    runtime: Runtime
+    run_dir: Path
+    stage_name: str
+
+    @property
+    def stage_dir(self) -> Path:
+        return self.run_dir / self.stage_name
+
+    @property
+    def cache_dir(self) -> Path:
+        return Path(self.config.cache_dir).expanduser()
+
+    @contextmanager
+    def main_first(self) -> Iterator[None]:
+        """Rank 0 does the work and fills the cache; the others follow and find it."""
+        if not self.runtime.is_main:
+            runtime.barrier()
+        yield
+        if self.runtime.is_main:
+            runtime.barrier()
+
+
+def plain(value: Any) -> Any:
+    """A config as JSON types: enums by name, dataclasses as dictionaries."""
+    if dataclasses.is_dataclass(value):
+        return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, Enum):
+        return value.value
+    if isinstance(value, dict):
+        return {str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(v) for v in value]
+    return value
+
+
+SLOTS = {"pretrain": "text", "sft": "demonstrations", "dpo": "preferences", "evaluate": "prompts"}
+"""Stage -> the data slot that it reads."""
+
+
+def stage_record(config: RunConfig, stage_name: str, run_dir: Path) -> dict[str, Any]:
+    """The part of the config that decides a stage's result, with the run folder's place taken out.
+
+    Other slots, where figures go and how states are sharded are left out: changing those makes no other model.
+    """
+    data, model = plain(config.data), plain(config.model)
+    for slot in set(SLOTS.values()) - {SLOTS[stage_name]}:
+        del data[slot]
+    del model["path"]
+    record = {
+        "stages": {stage_name: plain(getattr(config.stages, stage_name))},
+        "model": model,
+        "data": data,
+        "peft": plain(config.peft),
+        "precision": plain(config.precision),
+    }
+    return _without_run_dir(record, str(run_dir))
+
+
+def _without_run_dir(value: Any, run_dir: str) -> Any:
+    if isinstance(value, dict):
+        return {k: _without_run_dir(v, run_dir) for k, v in value.items()}
+    if isinstance(value, str):
+        return value.replace(run_dir, RUN_DIR)
+    return value
+
+
+def flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dictionaries as dotted keys."""
+    items: dict[str, Any] = {}
+    for key, inner in value.items():
+        if isinstance(inner, dict):
+            items |= flat(inner, f"{prefix}{key}.")
+        else:
+            items[f"{prefix}{key}"] = inner
+    return items

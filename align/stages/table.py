@@ -1,0 +1,13 @@
+"""Which code runs a stage, and what it leaves for the next one."""
+
+from collections.abc import Callable
+
+from align.artifacts import Manifest
+from align.stages import dpo, evaluate, sft
+
+RUN: dict[str, Callable[..., Manifest]] = {
+    "pretrain": sft.run,
+    "sft": sft.run,
+    "dpo": dpo.run,
+    "evaluate": evaluate.run,
+}

@@ -1,0 +1,290 @@
+"""What every trained stage does around its trainer: take up, train, judge before and after, save, sign."""
+
+import gc
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+from align import artifacts
+from align.artifacts import Manifest
+from align.config.errors import UserError
+from align.config.schema import PeftMethod, StageConfig
+from align.data.prepare import Prepared
+from align.data.template import Template, chat_template_text
+from align.distributed import runtime, zero
+from align.models import load
+from align.models.peft import add_adapter, merged_model
+from align.stages.context import RunContext, plain, stage_record
+from align.tracking.local import MetricsLog, read_metrics
+from align.tracking.progress import say
+from align.tracking.wandb_run import WandbRun
+from align.trainers import checkpoints
+from align.trainers.arguments import Machine, trainer_arguments
+from align.trainers.callbacks import Report
+from align.trainers.quiet import quiet_trainer
+
+POLICY = "policy"
+ADAPTER = "adapter"
+
+
+@dataclass
+class Session:
+    """One trained stage in progress: made by `open_session`, used by the stage, closed by `close_session`."""
+
+    context: RunContext
+    stage: StageConfig
+    tokenizer: PreTrainedTokenizerBase
+    template: Template
+    prepared: Prepared
+    machine: Machine
+    zero_stage: int | None
+    resume_from: Path | None
+    log: MetricsLog
+    wandb_run: WandbRun
+    inputs: list[dict[str, str]]
+    callbacks: list[Any] = field(default_factory=list)
+
+    @property
+    def checkpoint_dir(self) -> Path:
+        return self.context.stage_dir / "checkpoints"
+
+    def argument_values(self) -> dict[str, Any]:
+        """Keyword arguments for TrainingArguments."""
+        return trainer_arguments(
+            self.stage,
+            self.machine,
+            self.checkpoint_dir,
+            log_every=self.context.config.log.every,
+            evaluate=len(self.prepared.held_out) > 0,
+            fresh=self.resume_from is None,
+        )
+
+    def load_plain(self, name: str) -> PreTrainedModel:
+        """A model as this run computes with it, without adapter. Call after TrainingArguments were made (ZeRO-3)."""
+        config = self.context.config
+        # With DeepSpeed or an adapter the fp32 masters live elsewhere; else autocast needs fp32 weights.
+        half = self.machine.bf16 and (self.machine.zero is not None or config.peft.method is not PeftMethod.none)
+        dtype = torch.bfloat16 if half else torch.float32
+        model = load.load_model(name, config.model, dtype, seed=self.stage.seed)
+        model.config.use_cache = False
+        return model
+
+    def load_policy(self) -> PreTrainedModel:
+        """The policy, with its adapter if any. Call after TrainingArguments were made (ZeRO-3)."""
+        model = self.load_plain(self.stage.policy)
+        return add_adapter(model, self.context.config.peft, seed=self.stage.seed, zero3=self.zero_stage == 3)
+
+
+def open_session(stage: StageConfig, context: RunContext, prepare: Callable[..., Prepared]) -> Session:
+    """Everything that comes before the trainer: ZeRO choice, tokenizer, template, rows, checkpoint to go on from."""
+    config, run = context.config, context.runtime
+    zero_stage = _zero_stage(stage, context)
+    bf16 = load.use_bf16(config.precision, run.device)
+    zero_dict = None if zero_stage is None else zero.zero_dict(zero_stage, config.deepspeed.offload, bf16=bf16)
+    tokenizer = load.load_tokenizer(stage.policy, config.model, chat_template_text(config.model.chat_template))
+    template = Template(tokenizer)
+    with context.main_first():
+        prepared = prepare(config.data, template, stage.max_tokens, context.cache_dir)
+    _report_rows(context, prepared)
+    machine = Machine(run.world_size, run.device.startswith("cuda"), bf16, zero_dict)
+    wandb_run = WandbRun(
+        config.log, active=run.is_main, group=config.name, stage=context.stage_name, stage_dir=context.stage_dir
+    )
+    inputs = input_digests(stage.policy, "policy") + prepared.inputs
+    wandb_run.describe(plain(config), inputs)
+    session = Session(
+        context, stage, tokenizer, template, prepared, machine, zero_stage, None,
+        MetricsLog(context.stage_dir / "metrics.jsonl"), wandb_run, inputs,
+    )  # fmt: skip
+    session.resume_from = _checkpoint_to_resume(session)
+    session.callbacks = [checkpoints.SealCheckpoint(run.is_main, _identity(session))]
+    if run.is_main:
+        session.callbacks.append(Report(context.stage_name, session.log, wandb_run))
+    return session
+
+
+def _zero_stage(stage: StageConfig, context: RunContext) -> int | None:
+    run = context.runtime
+    config = context.config.deepspeed
+    parameters, memory = 0, float("inf")
+    if run.world_size > 1 and config.mode.value == "auto":
+        parameters = load.count_parameters(stage.policy, context.config.model)
+        if run.device.startswith("cuda"):
+            memory = torch.cuda.get_device_properties(run.device).total_memory
+    chosen, reason = zero.choose(config, parameters=parameters, world_size=run.world_size, memory_bytes=memory)
+    if run.world_size > 1:
+        name = "no DeepSpeed" if chosen is None else f"ZeRO-{chosen}"
+        say(f"{context.stage_name}: {run.world_size} ranks, {name} ({reason})", active=run.is_main)
+    return chosen
+
+
+def input_digests(model: str, name: str) -> list[dict[str, str]]:
+    """A model as a manifest's input: digest of a folder, the bare id of a hub model."""
+    path = Path(load.resolve_model(model))
+    digest = artifacts.digest_model(path) if path.is_dir() else f"hub:{model}"
+    return [{"name": name, "path": model, "digest": digest}]
+
+
+def _report_rows(context: RunContext, prepared: Prepared) -> None:
+    if not context.runtime.is_main:
+        return
+    for line in prepared.report.lines():
+        say(f"{context.stage_name}: {line}")
+    prepared.report.write_bad_rows(context.stage_dir / "bad_rows.jsonl")
+    if len(prepared.train) == 0:
+        raise UserError(
+            f"{context.stage_name}: no rows are left to train on; see {context.stage_dir / 'bad_rows.jsonl'}"
+        )
+
+
+def _identity(session: Session) -> dict[str, Any]:
+    """What a checkpoint shares with a run that may go on from it, beyond the stage's config."""
+    return {
+        "world_size": session.machine.world_size,
+        "zero_stage": session.zero_stage,
+        "rows": session.prepared.report.digest,
+        "template": session.template.digest,
+        "policy": session.inputs[0]["digest"],
+    }
+
+
+def _checkpoint_to_resume(session: Session) -> Path | None:
+    """The newest checkpoint that stands, the same on every rank; newer debris is removed.
+
+    Raises: UserError if it was written by other ranks, another ZeRO stage or from other rows.
+    """
+    context = session.context
+    found, identity, passed_over = runtime.from_main(checkpoints.newest_sealed(session.checkpoint_dir))
+    for line in passed_over:
+        say(f"{context.stage_name}: {line}", active=context.runtime.is_main)
+    if found is not None and identity != _identity(session):
+        mine = _identity(session)
+        changed = ", ".join(f"{k} {identity.get(k)} -> {mine[k]}" for k in mine if identity.get(k) != mine[k])
+        raise UserError(
+            f"{found}: cannot go on from it, changed: {changed}; go back to what it was, or delete {context.stage_dir}"
+        )
+    if context.runtime.is_main:
+        checkpoints.remove_newer(session.checkpoint_dir, found)
+    runtime.barrier()
+    if found is not None:
+        step = checkpoints.checkpoint_step(found)
+        say(f"{context.stage_name}: going on from step {step}", active=context.runtime.is_main)
+    return found
+
+
+def train_and_sign(session: Session, trainer: Trainer) -> Manifest:
+    """Run the trainer to its end, judge it once more, save the policy, and return the manifest to be written."""
+    assert not session.zero_stage or trainer.is_deepspeed_enabled, "ZeRO was asked for, but the trainer runs without it"
+    quiet_trainer(trainer)
+    trainer.train(resume_from_checkpoint=str(session.resume_from) if session.resume_from else None)
+    if len(session.prepared.held_out) and not _judged_at_end(session, trainer):
+        trainer.evaluate()
+    save_policy(session, trainer)
+    manifest = _manifest(session, trainer.state.global_step)
+    session.wandb_run.finish(manifest.metrics)
+    return manifest
+
+
+def _judged_at_end(session: Session, trainer: Trainer) -> bool:
+    last = trainer.state.log_history[-3:]
+    judged = any("eval_loss" in line and line["step"] == trainer.state.global_step for line in last)
+    return runtime.from_main(judged)
+
+
+def save_policy(session: Session, trainer: Trainer) -> None:
+    """Write `policy/` (and `adapter/`), complete or not at all: written beside, checked, then renamed."""
+    context = session.context
+    partial = context.stage_dir / f"{POLICY}.partial"
+    if context.runtime.is_main and partial.exists():
+        shutil.rmtree(partial)
+    runtime.barrier()
+    if context.config.peft.method is PeftMethod.none:
+        _save_weights(session, trainer, partial)
+    else:
+        _save_adapter(session, trainer, partial)
+    unset_hf_deepspeed_config()  # else ZeRO-3 would shard whatever is loaded next
+    if context.runtime.is_main:
+        session.tokenizer.save_pretrained(partial)
+        if not (partial / "adapter_config.json").is_file():
+            load.check_saved_model(partial, context.config.model)
+        shutil.rmtree(context.stage_dir / POLICY, ignore_errors=True)
+        partial.rename(context.stage_dir / POLICY)
+    runtime.barrier()
+
+
+def _save_weights(session: Session, trainer: Trainer, folder: Path) -> None:
+    if session.machine.zero is not None:
+        trainer.save_model(str(folder))
+        (folder / "training_args.bin").unlink(missing_ok=True)
+    elif session.context.runtime.is_main:
+        _save_in_precision(session, trainer.accelerator.unwrap_model(trainer.model), folder)
+
+
+def _save_in_precision(session: Session, model: PreTrainedModel, folder: Path) -> None:
+    """Weights are stored in the training precision: bf16 runs need no fp32 copies."""
+    model = model.to(torch.bfloat16 if session.machine.bf16 else torch.float32)
+    model.config.use_cache = True
+    model.save_pretrained(folder)
+
+
+def _save_adapter(session: Session, trainer: Trainer, folder: Path) -> None:
+    context, config = session.context, session.context.config
+    adapter = context.stage_dir / ADAPTER
+    trainer.save_model(str(adapter))
+    if not context.runtime.is_main:
+        return
+    for extra in adapter.iterdir():
+        if not extra.name.startswith("adapter_"):
+            extra.unlink()
+    if config.peft.keep_adapter:
+        shutil.copytree(adapter, folder)
+    else:
+        unset_hf_deepspeed_config()  # else ZeRO-3 would shard the base
+        model = merged_model(session.stage.policy, adapter, config.model, seed=session.stage.seed)
+        _save_in_precision(session, model, folder)
+
+
+def _manifest(session: Session, steps: int) -> Manifest:
+    context, report = session.context, session.prepared.report
+    names = [POLICY] if context.config.peft.method is PeftMethod.none else [POLICY, ADAPTER]
+    record = stage_record(context.config, context.stage_name, context.run_dir)
+    outputs = artifacts.list_outputs(context.stage_dir, names) if context.runtime.is_main else []
+    return Manifest(
+        stage=context.stage_name,
+        config=record,
+        config_digest=artifacts.digest_value(record),
+        inputs=session.inputs,
+        outputs=outputs,
+        rows=report.counts(),
+        steps=steps,
+        metrics=before_and_after(session.log),
+        seed=session.stage.seed,
+        world_size=session.machine.world_size,
+        zero_stage=session.zero_stage,
+        template_digest=session.template.digest,
+    )
+
+
+def before_and_after(log: MetricsLog) -> dict[str, float]:
+    """The first and the last evaluation of a stage, as `before/<metric>` and `after/<metric>`."""
+    judged = [line for line in read_metrics(log.path) if "eval_loss" in line]
+    metrics: dict[str, float] = {}
+    for prefix, line in (("before", judged[:1]), ("after", judged[-1:])):
+        for name, value in line[0].items() if line else ():
+            if name.startswith("eval_") and not name.endswith(("_runtime", "_per_second")):
+                metrics[f"{prefix}/{name.removeprefix('eval_')}"] = value
+    return metrics
+
+
+def close_session(session: Session) -> None:
+    """Free the model and forget ZeRO: its flag outlives a stage and would shard the next one's loading."""
+    unset_hf_deepspeed_config()
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -1,0 +1,27 @@
+"""Keeps the libraries below from talking over the one progress line."""
+
+import logging
+import os
+import warnings
+
+import datasets
+import torch
+from transformers import PrinterCallback, Trainer
+from transformers.utils import logging as transformers_logging
+
+
+def quiet_libraries() -> None:
+    """No progress bars and no advice from datasets, transformers and DeepSpeed; their errors still speak."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed says that it found nothing better
+    datasets.disable_progress_bars()
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|trl|torch")
+
+
+def quiet_trainer(trainer: Trainer) -> Trainer:
+    """The trainer without its own printing of every log line."""
+    trainer.remove_callback(PrinterCallback)
+    return trainer

@@ -1,0 +1,1 @@
+"""What `do=` may ask for besides training: one file a verb."""

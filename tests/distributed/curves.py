@@ -1,0 +1,70 @@
+"""Runs the DPO stage in several ways in one process (each rank of one launch) and leaves every metrics.jsonl.
+
+Call: [deepspeed --num_gpus 2 --no_local_rank] curves.py FOLDER MODE...   with MODE = name:key=value,key=value
+"""
+
+import sys
+from pathlib import Path
+
+from align.config.schema import (
+    DeepSpeedConfig,
+    DPOStage,
+    Layout,
+    ModelConfig,
+    PeftConfig,
+    PeftMethod,
+    Precision,
+    RunConfig,
+    Stages,
+    ZeroChoice,
+)
+from align.distributed import runtime
+from align.stages import dpo
+from align.stages.context import RunContext
+from align.trainers.quiet import quiet_libraries
+
+STEPS = 20
+
+
+def config(folder: Path, settings: dict[str, str]) -> RunConfig:
+    zero = settings.get("zero")
+    stage = DPOStage(
+        policy="tiny-sft",
+        max_steps=STEPS,
+        learning_rate=1e-4,
+        batch_size=8,
+        micro_batch_size=int(settings.get("micro", "8")),
+        max_tokens=512,
+        save_every=0,
+        layout=Layout(settings.get("layout", "forest")),
+    )
+    return RunConfig(
+        name="curves",
+        run=["dpo"],
+        cache_dir=str(folder / "cache" / settings.get("cache", "shared")),
+        precision=Precision.fp32,
+        model=ModelConfig(path="tiny-sft"),
+        peft=PeftConfig(method=PeftMethod(settings.get("peft", "none"))),
+        deepspeed=DeepSpeedConfig(
+            mode=ZeroChoice.none if zero is None else ZeroChoice.zero, stage=int(zero or 0), timeout_seconds=120
+        ),
+        stages=Stages(dpo=stage),
+    )
+
+
+def main(folder: Path, modes: list[str]) -> None:
+    quiet_libraries()
+    for mode in modes:
+        name, _, text = mode.partition(":")
+        settings = dict(item.split("=") for item in text.split(",") if item)
+        run = config(folder, settings)
+        run.data.preferences = "tiny:preferences"
+        this = runtime.start(deepspeed="zero" in settings, timeout_seconds=120)
+        (folder / name / "dpo").mkdir(parents=True, exist_ok=True)
+        dpo.run(run.stages.dpo, RunContext(run, this, folder / name, "dpo"))
+        runtime.barrier()
+    runtime.stop()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2:])

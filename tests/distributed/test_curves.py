@@ -1,0 +1,73 @@
+"""The loss of 20 DPO steps is one curve, however the batch is laid out, split, accumulated or sharded."""
+
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from align.tracking.local import read_metrics
+
+HERE = Path(__file__).resolve().parent
+REPO = HERE.parents[1]
+ONE_RANK = {"forest": "", "padded": "layout=padded", "accumulation": "micro=2", "lora": "peft=lora"}
+TWO_RANKS = {
+    "ddp": "micro=4",
+    "zero0": "micro=4,zero=0",
+    "zero1": "micro=4,zero=1",
+    "zero2": "micro=4,zero=2",
+    # A cache of its own: the reference pass, too, must be right under ZeRO-3.
+    "zero3": "micro=2,zero=3,cache=zero3",
+    "zero3_lora": "micro=4,zero=3,peft=lora",
+}
+
+
+def launch(launcher: list[str], folder: Path, modes: dict[str, str]) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"}
+    words = [f"{name}:{settings}" for name, settings in modes.items()]
+    done = subprocess.run(
+        [*launcher, str(HERE / "curves.py"), str(folder), *words],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+
+
+@pytest.fixture(scope="module")
+def curves(tmp_path_factory) -> dict[str, list[float]]:
+    folder = tmp_path_factory.mktemp("curves")
+    launch([sys.executable], folder, ONE_RANK)
+    deepspeed = str(Path(sys.executable).with_name("deepspeed"))
+    launch([deepspeed, "--num_gpus", "2", "--no_local_rank"], folder, TWO_RANKS)
+    return {name: losses(folder / name / "dpo/metrics.jsonl") for name in {**ONE_RANK, **TWO_RANKS}}
+
+
+def losses(path: Path) -> list[float]:
+    return [line["loss"] for line in read_metrics(path) if "loss" in line]
+
+
+def largest_difference(curve: list[float], other: list[float]) -> float:
+    assert len(curve) == len(other) == 20
+    return max(abs(a - b) / abs(b) for a, b in zip(curve, other, strict=True))
+
+
+@pytest.mark.timeout(900)
+def test_the_first_loss_is_ln2_however_it_is_computed(curves):
+    assert {name: curve[0] for name, curve in curves.items()} == pytest.approx(
+        {name: math.log(2) for name in curves}, abs=1e-6
+    )
+
+
+@pytest.mark.parametrize("name", ["padded", "accumulation", "ddp", "zero0", "zero1", "zero2", "zero3"])
+def test_twenty_steps_follow_the_same_curve(curves, name):
+    assert largest_difference(curves[name], curves["forest"]) < 1e-5
+    assert curves["forest"][-1] < 0.99 * math.log(2), "the curve must move, or it shows nothing"
+
+
+def test_lora_under_zero3_follows_lora_on_one_rank(curves):
+    assert largest_difference(curves["zero3_lora"], curves["lora"]) < 1e-5
+    assert largest_difference(curves["lora"], curves["forest"]) > 1e-3
