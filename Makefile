@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 STAMP := $(VENV)/.installed
 # DeepSpeed looks for ninja on PATH.
-export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+IN_VENV := PATH="$(CURDIR)/$(VENV)/bin:$$PATH"
 
 .PHONY: help setup demo test lint bench clean
 
@@ -18,10 +18,12 @@ help:
 
 setup: $(STAMP)
 
-# A copy of the tree brings another tree's paths along, so the stamp names the folder it was made in.
-ifneq ($(shell cat $(STAMP) 2>/dev/null),$(CURDIR))
+# An environment cannot be moved: a stamp that names another folder came with a copy of the tree.
+MADE_IN := $(shell cat $(STAMP) 2>/dev/null)
+ifneq ($(MADE_IN),$(CURDIR))
 .PHONY: $(STAMP)
 endif
+FRESH := $(if $(filter-out $(CURDIR),$(MADE_IN)),--clear,)
 
 $(STAMP): pyproject.toml constraints.txt
 	@found=; for candidate in $(PYTHON) python3.11 python3.12 python3.13 python3.10; do \
@@ -31,22 +33,22 @@ $(STAMP): pyproject.toml constraints.txt
 	command -v c++ >/dev/null || command -v g++ >/dev/null || \
 	  echo "note: no C++ compiler found; DeepSpeed on CPU ranks needs one (apt install g++)" >&2; \
 	echo "making $(VENV) with $$($$found --version), a few minutes"; \
-	$$found -m venv --clear $(VENV)
+	$$found -m venv $(FRESH) $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@echo '$(CURDIR)' > $@
 
 demo: setup
-	python -m align +recipe=sft_dpo
+	$(IN_VENV) python -m align +recipe=sft_dpo
 
 test: setup
-	python -m pytest -q
+	$(IN_VENV) python -m pytest -q
 
 lint: setup
-	ruff check .
-	ruff format --check .
+	$(IN_VENV) ruff check .
+	$(IN_VENV) ruff format --check .
 
 bench: setup
-	python benchmarks/dpo.py
+	$(IN_VENV) python benchmarks/dpo.py
 
 clean:
 	rm -rf runs multirun outputs dist build .pytest_cache .ruff_cache

@@ -103,14 +103,20 @@ def digest_model(path: Path) -> str:
 
 
 def damaged_outputs(stage_dir: Path, manifest: Manifest) -> list[str]:
-    """Outputs that are missing or have another size than the manifest says; empty if the stage stands."""
+    """Outputs that are missing or not what the manifest says; empty if the stage stands.
+
+    A file of the right size is read again only if it was written after the manifest.
+    """
     problems = []
+    signed_at = (stage_dir / MANIFEST).stat().st_mtime_ns
     for output in manifest.outputs:
         path = stage_dir / output["path"]
         if not path.is_file():
             problems.append(f"{output['path']} is missing")
         elif path.stat().st_size != output["bytes"]:
             problems.append(f"{output['path']} has {path.stat().st_size} bytes, not {output['bytes']}")
+        elif path.stat().st_mtime_ns > signed_at and digest_file(path) != output["sha256"]:
+            problems.append(f"{output['path']} was changed after the stage was complete")
     return problems
 
 

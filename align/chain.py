@@ -21,10 +21,14 @@ from align.stages.table import RUN
 from align.stages.training import input_digests
 from align.tracking.progress import say
 from align.tracking.summary import summary
+from align.tracking.wandb_run import check_wandb
 from align.trainers.quiet import quiet_libraries
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+# safetensors and torch report a full disk in their own words.
+DISK_FULL_WORDS = ("No space left on device", "PytorchStreamWriter failed", "unexpected pos")
 NOT_ALLOWED = (errno.EACCES, errno.EPERM, errno.EROFS)
+IN_THE_WAY = (errno.EEXIST, errno.ENOTDIR, errno.EISDIR)
 
 
 def run_chain(config: RunConfig) -> list[Manifest]:
@@ -34,8 +38,8 @@ def run_chain(config: RunConfig) -> list[Manifest]:
     """
     run_dir = Path(config.run_dir)
     quiet_libraries()
-    check_chain(config, run_dir)
     try:
+        check_chain(config, run_dir)
         run_dir.mkdir(parents=True, exist_ok=True)
         _check_writable(run_dir)
         this = runtime.start(
@@ -44,13 +48,12 @@ def run_chain(config: RunConfig) -> list[Manifest]:
             timeout_seconds=config.deepspeed.timeout_seconds,
         )
         manifests = [_run_stage(config, name, run_dir, this) for name in config.run]
-    except OSError as error:
-        raise _disk_error(error, run_dir) from error
-    except Exception as error:
-        # safetensors and torch report a full disk in their own words.
-        if "No space left on device" in str(error) or "PytorchStreamWriter failed" in str(error):
-            raise _disk_error(OSError(errno.ENOSPC, "No space left on device"), run_dir) from error
+    except UserError:
         raise
+    except Exception as error:
+        if (refusal := _disk_refusal(error, run_dir)) is None:
+            raise
+        raise refusal from error
     if this.is_main:
         print(summary(config, run_dir, manifests))
     runtime.stop()
@@ -77,6 +80,7 @@ def check_chain(config: RunConfig, run_dir: Path) -> None:
         if isinstance(stage, StageConfig):
             _check_context_length(config, name, stage)
         check_slot(config.data, SLOTS[name])
+    check_wandb(config.log)
 
 
 def _check_context_length(config: RunConfig, name: str, stage: StageConfig) -> None:
@@ -118,15 +122,21 @@ def _check_writable(run_dir: Path) -> None:
     probe.unlink()
 
 
-def _disk_error(error: OSError, run_dir: Path) -> BaseException:
-    """The one line for a disk that is full or closed; any other error unchanged."""
-    if error.errno in DISK_FULL:
+def _disk_refusal(error: Exception, run_dir: Path) -> UserError | None:
+    """The one line for a disk that is full, closed or has something else in the place; None for any other error."""
+    number = error.errno if isinstance(error, OSError) else None
+    if number in DISK_FULL or any(words in str(error) for words in DISK_FULL_WORDS):
         return UserError(f"{run_dir}: the disk is full; free some space and type the same command to go on")
-    if error.errno in NOT_ALLOWED:
+    if not isinstance(error, OSError):
+        return None
+    place, reason = error.filename or run_dir, error.strerror
+    if number in NOT_ALLOWED:
+        return UserError(f"{place}: not writable ({reason}); use another run_dir or cache_dir")
+    if number in IN_THE_WAY:
         return UserError(
-            f"{error.filename or run_dir}: not writable ({error.strerror}); use another run_dir or cache_dir"
+            f"{place}: something else is in its place ({reason}); move it away, or use another run_dir or cache_dir"
         )
-    return error
+    return None
 
 
 def _run_stage(config: RunConfig, name: str, run_dir: Path, this: Runtime) -> Manifest:

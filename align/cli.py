@@ -192,4 +192,4 @@ def _hydra_main(arguments: list[str], task: Any = None) -> None:
 def _say(message: str) -> None:
     """One line on stderr, from the first rank of a launch."""
     if os.environ.get("RANK", "0") == "0":
-        print(f"align: {message}", file=sys.stderr)
+        print(f"align: {' '.join(message.splitlines())}", file=sys.stderr)

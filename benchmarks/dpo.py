@@ -9,7 +9,8 @@ time is that of the training call and of the reference pass, whoever does it; th
 process. Losses of every step must agree. Rows come from ALIGN_REAL_DATA (default ../shared/data).
 
 The share is of the best matrix product this machine does, for the work that has to be done: one reference forward,
-one forward and one backward over every prompt once, and output logits of completion tokens only.
+one forward and one backward over every prompt once, and output logits of completion tokens only. `other load` is what
+other processes took of a core meanwhile: figures mean something where it is near zero.
 """
 
 import argparse
@@ -201,16 +202,33 @@ def contest(folder: Path, name: str, steps: int, pairs: int) -> None:
     (folder / "result.json").write_text(json.dumps({"seconds": seconds, "losses": losses, "peak_mib": peak}))
 
 
+def busy_seconds() -> float:
+    """Processor seconds that all processes of this machine have used; 0 where the system does not say."""
+    stat = Path("/proc/stat")
+    if not stat.is_file():
+        return 0.0
+    user, nice, system = (int(field) for field in stat.read_text().split()[1:4])
+    return (user + nice + system) / os.sysconf("SC_CLK_TCK")
+
+
+def child_seconds() -> float:
+    """Processor seconds of the finished contestants."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
 def run_apart(folder: Path, name: str, steps: int, pairs: int) -> dict[str, Any]:
     """`contest` in a fresh process."""
     command = [sys.executable, __file__, "--contestant", name, "--folder", str(folder)]
     command += ["--steps", str(steps), "--pairs", str(pairs)]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "PYTHONPATH": str(ROOT)}
     environment |= {"OMP_NUM_THREADS": str(THREADS), "TOKENIZERS_PARALLELISM": "false"}
+    started, busy, own = time.perf_counter(), busy_seconds(), child_seconds()
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"{name} failed:\n{done.stderr[-4000:]}")
-    return json.loads((folder / "result.json").read_text())
+    others = max(0.0, (busy_seconds() - busy) - (child_seconds() - own)) / (time.perf_counter() - started)
+    return {**json.loads((folder / "result.json").read_text()), "others": others}
 
 
 def needed_flops(rows: Sequence[Mapping[str, Any]]) -> float:
@@ -274,7 +292,8 @@ def report(folder: Path, contestants: Sequence[Contestant], steps: int, pairs: i
     rates = {False: 0.0, True: 0.0}
     results: dict[str, dict[str, Any]] = {}
     lines = [f"{steps} steps of {pairs} pairs, reference pass included, {THREADS} threads"]
-    lines.append(f"{'':18}{'pairs/s':>9}{'x TRL':>8}{'matmul share':>14}{'peak MiB':>10}{'loss difference':>17}")
+    titles = f"{'pairs/s':>9}{'x TRL':>8}{'matmul share':>14}{'peak MiB':>10}{'loss difference':>17}{'other load':>12}"
+    lines.append(" " * 18 + titles)
     for contestant in contestants:
         rates[contestant.bf16] = max(rates[contestant.bf16], matmul_rate(contestant.bf16))
         result = results[contestant.name] = run_apart(folder, contestant.name, steps, pairs)
@@ -287,7 +306,7 @@ def report(folder: Path, contestants: Sequence[Contestant], steps: int, pairs: i
             difference = f"{worst:.1e}"
         lines.append(
             f"{contestant.name:18}{steps * pairs / result['seconds']:9.2f}{base['seconds'] / result['seconds']:8.2f}"
-            f"{share:14.0%}{result['peak_mib']:10.0f}{difference:>17}"
+            f"{share:14.0%}{result['peak_mib']:10.0f}{difference:>17}{result['others']:12.0%}"
         )
     ratio = results["TRL default"]["seconds"] / results["ours"]["seconds"]
     lean = results["ours"]["peak_mib"] <= results["TRL default"]["peak_mib"]

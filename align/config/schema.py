@@ -38,13 +38,6 @@ class Schedule(Enum):
     cosine = "cosine"
 
 
-class Optimizer(Enum):
-    """`muon` (Jordan et al. 2024) for the matrices of the layers, AdamW for everything else; `adamw` for all."""
-
-    adamw = "adamw"
-    muon = "muon"
-
-
 class PairLoss(Enum):
     """The preference losses of `align.losses.pairwise`."""
 
@@ -200,8 +193,6 @@ class StageConfig:
     """Decoupled weight decay."""
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this norm. 0 turns it off."""
-    optimizer: Optimizer = Optimizer.adamw
-    """adamw | muon"""
     batch_size: int = 32
     """Sequences (pairs in DPO, packed rows in packed SFT) per optimizer step, over all ranks."""
     micro_batch_size: int = 4

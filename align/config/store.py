@@ -211,7 +211,7 @@ def _composition_error(error: Exception) -> str:
     lines = [line.strip() for line in str(error).split("\n") if line.strip()]
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, OmegaConfBaseException):
-        cause = cause.__cause__
+        cause = cause.__cause__ or cause.__context__
     path = getattr(cause, "full_key", None)
     text = " ".join(line for line in lines[:2] if "full_key" not in line and "object_type" not in line)
     if path is None or keys.find(path) or path in keys.sections():

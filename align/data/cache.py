@@ -12,6 +12,7 @@ import datasets
 import pyarrow as pa
 import transformers
 
+from align.config.errors import UserError
 from align.data.report import RowReport
 
 CODE_VERSION = 1
@@ -33,18 +34,30 @@ def is_cached(cache_dir: Path, key: str) -> bool:
 
 
 def save(cache_dir: Path, key: str, tables: dict[str, pa.Table], report: RowReport) -> None:
-    """Write tables and report beside, then rename. If another process was faster, its rows stay: they are the same."""
+    """Write tables and report beside, then rename. If another process was faster, its rows stay: they are the same.
+
+    Raises: UserError if the disk does not take them.
+    """
     target = _folder(cache_dir, key)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f"{key}.", dir=target.parent))
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _write_folder(target, tables, report)
+    except OSError as error:
+        if not is_cached(cache_dir, key):
+            reason = os.strerror(error.errno) if error.errno else error
+            raise UserError(
+                f"cache_dir={cache_dir}: the tokenised rows cannot be written there ({reason}); free some space, or "
+                "use another cache_dir"
+            ) from error
+
+
+def _write_folder(target: Path, tables: dict[str, pa.Table], report: RowReport) -> None:
+    partial = Path(tempfile.mkdtemp(prefix=f"{target.name}.", dir=target.parent))
     try:
         for name in TABLES:
             _write_table(partial / f"{name}.arrow", tables[name])
         (partial / REPORT).write_text(json.dumps(report.as_json(), ensure_ascii=False), encoding="utf-8")
         os.replace(partial, target)
-    except OSError:
-        if not is_cached(cache_dir, key):
-            raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

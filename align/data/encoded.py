@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Sequence
 from typing import Any
 
+import datasets
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -84,6 +85,12 @@ def _count_tokens(table: pa.Table) -> dict[str, int]:
     labels = pc.list_flatten(table["labels"])
     trained = pc.sum(pc.not_equal(labels, fit.NOT_TRAINED)).as_py() or 0
     return {"all": len(labels), "trained": trained}
+
+
+def largest_token(rows: datasets.Dataset) -> int:
+    """The largest token id in any row; 0 without rows."""
+    columns = [rows.data.column(name) for name in rows.column_names if name.endswith("_ids")]
+    return max(pc.max(pc.list_flatten(column)).as_py() or 0 for column in columns)
 
 
 def _digest(tables: dict[str, pa.Table]) -> str:

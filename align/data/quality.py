@@ -10,6 +10,14 @@ from align.data.records import BadRow, Demonstration, Message, PreferencePair, P
 SHOWN_ROWS = 3
 
 
+class TooManyBadRows(UserError):
+    """More rows are bad than the policy allows; `bad_rows` are all of them."""
+
+    def __init__(self, message: str, bad_rows: Sequence[BadRow]):
+        super().__init__(message)
+        self.bad_rows = bad_rows
+
+
 def check_text(document: TextDocument) -> None:
     """Raises RowRefused for a document without text."""
     if not document.text.strip():
@@ -65,14 +73,15 @@ def count_reasons(bad_rows: Sequence[BadRow]) -> dict[str, int]:
 def enforce_policy(bad_rows: Sequence[BadRow], read: int, data: DataConfig) -> None:
     """Stop when `data.on_bad_rows=error` and more than `data.max_bad_fraction` of the rows read are bad.
 
-    Raises: UserError naming the reasons with counts, the first rows, and how to go on.
+    Raises: TooManyBadRows naming the reasons with counts, the first rows, and how to go on.
     """
     if data.on_bad_rows is not OnBadRows.error or not bad_rows or len(bad_rows) <= data.max_bad_fraction * read:
         return
     reasons = ", ".join(f"{reason} {count}" for reason, count in count_reasons(bad_rows).items())
     first = "; ".join(f"{bad.origin}: {bad.reason}: {bad.detail}" for bad in bad_rows[:SHOWN_ROWS])
     more = f"; and {len(bad_rows) - SHOWN_ROWS} more" if len(bad_rows) > SHOWN_ROWS else ""
-    raise UserError(
+    raise TooManyBadRows(
         f"{len(bad_rows)} of {read} rows cannot be used ({reasons}): {first}{more}. More than data.max_bad_fraction="
-        f"{data.max_bad_fraction:g}; mend the rows, or leave them out with data.on_bad_rows=drop"
+        f"{data.max_bad_fraction:g}; mend the rows, or leave them out with data.on_bad_rows=drop",
+        bad_rows,
     )

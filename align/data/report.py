@@ -1,6 +1,7 @@
 """What became of the rows of a slot, in numbers: for people, for the manifest, and row by row on disk."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -72,14 +73,8 @@ class RowReport:
         return lines
 
     def write_bad_rows(self, path: Path) -> None:
-        """JSON lines of {origin, reason, detail, row}; no file if no row was left out."""
-        if not self.bad_rows:
-            path.unlink(missing_ok=True)
-            return
-        with open(path, "w", encoding="utf-8") as file:
-            for bad in self.bad_rows:
-                line = {"origin": str(bad.origin), "reason": bad.reason, "detail": bad.detail, "row": bad.row}
-                file.write(json.dumps(line, ensure_ascii=False, default=str) + "\n")
+        """The rows left out, line by line; no file if there are none."""
+        write_bad_rows(self.bad_rows, path)
 
     def as_json(self) -> dict[str, Any]:
         """The whole report as JSON values; what JSON cannot hold inside a bad row becomes text."""
@@ -90,3 +85,14 @@ class RowReport:
         """The report that `as_json` gave."""
         bad_rows = [BadRow(Origin(**bad.pop("origin")), **bad) for bad in value.pop("bad_rows")]
         return cls(**value, bad_rows=bad_rows)
+
+
+def write_bad_rows(bad_rows: Sequence[BadRow], path: Path) -> None:
+    """JSON lines of {origin, reason, detail, row}; no file if no row was left out."""
+    if not bad_rows:
+        path.unlink(missing_ok=True)
+        return
+    with open(path, "w", encoding="utf-8") as file:
+        for bad in bad_rows:
+            line = {"origin": str(bad.origin), "reason": bad.reason, "detail": bad.detail, "row": bad.row}
+            file.write(json.dumps(line, ensure_ascii=False, default=str) + "\n")

@@ -1,10 +1,12 @@
 """From a name to a model: embedded names, folders and hub ids, each refused in one line when it cannot be used."""
 
+import difflib
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from align.config.errors import UserError
@@ -17,6 +19,8 @@ EMBEDDED = {
     "tiny-untrained": EMBEDDED_DIR / "base",
 }
 WEIGHT_FILES = ("*.safetensors", "*.bin")
+SHARD_INDEX = "model.safetensors.index.json"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
 
 
 def resolve_model(name: str) -> str:
@@ -33,21 +37,67 @@ def is_hub_id(name: str) -> bool:
 def check_model(name: str, *, where: str) -> None:
     """Refuse a model that cannot be used, before anything runs. `where` is the config key that names it.
 
-    Raises: UserError for a missing folder, one without config, weights or tokenizer.
+    Raises: UserError for a missing folder, or one without sound config, whole weights or tokenizer.
     """
     path = Path(resolve_model(name))
     if not path.exists():
         if is_hub_id(name):
             return
-        raise UserError(f"{where}={name}: no such folder, and not a hub id (organisation/model); check the path")
+        hint = _near_sibling(path) or "; check the path"
+        raise UserError(f"{where}={name}: no such folder, and not a hub id (organisation/model){hint}")
+    if (path / "adapter_config.json").is_file():
+        raise UserError(f"{where}={name}: an adapter, not a whole model; merge it into its base and save that")
     if not (path / "config.json").is_file():
         raise UserError(f"{where}={name}: no config.json in it; give a folder written by save_pretrained")
-    if not any(any(path.glob(pattern)) for pattern in WEIGHT_FILES):
-        raise UserError(f"{where}={name}: no weights (*.safetensors) in it; give a folder written by save_pretrained")
-    if not any((path / file).is_file() for file in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")):
+    _config_values(path)
+    _check_weights(path, f"{where}={name}")
+    if not any((path / file).is_file() for file in TOKENIZER_FILES):
         raise UserError(
             f"{where}={name}: no tokenizer in it; save the model's tokenizer there with tokenizer.save_pretrained"
         )
+
+
+def _near_sibling(path: Path) -> str:
+    siblings = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
+    near = difflib.get_close_matches(path.name, siblings, n=1)
+    return f"; did you mean {path.parent / near[0]}?" if near else ""
+
+
+def _config_values(folder: Path) -> dict[str, Any]:
+    """What a folder's config.json says. Raises: UserError if it is not a JSON object."""
+    return _json_object(folder / "config.json")
+
+
+def _json_object(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read: {error}; copy or download it again") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: an object was expected, found {type(values).__name__}; copy or download it again")
+    return values
+
+
+def _check_weights(path: Path, where: str) -> None:
+    """Every shard is there and its header is sound; no tensor is read."""
+    if not any(any(path.glob(pattern)) for pattern in WEIGHT_FILES):
+        raise UserError(f"{where}: no weights (*.safetensors) in it; give a folder written by save_pretrained")
+    if (path / SHARD_INDEX).is_file():
+        shards = sorted(set(_json_object(path / SHARD_INDEX).get("weight_map", {}).values()))
+        absent = [shard for shard in shards if not (path / shard).is_file()]
+        if absent:
+            raise UserError(
+                f"{where}: {len(absent)} of {len(shards)} weight files are missing, {absent[0]} first; "
+                "copy or download them again"
+            )
+    for file in sorted(path.glob("*.safetensors")):
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except (OSError, SafetensorError) as error:
+            raise UserError(
+                f"{file}: not a sound safetensors file: {_first_line(error)}; copy or download it again"
+            ) from error
 
 
 def load_tokenizer(name: str, model: ModelConfig, chat_template: str | None) -> PreTrainedTokenizerBase:
@@ -56,8 +106,9 @@ def load_tokenizer(name: str, model: ModelConfig, chat_template: str | None) -> 
         tokenizer = AutoTokenizer.from_pretrained(
             resolve_model(name), revision=model.revision, trust_remote_code=model.trust_remote_code
         )
-    except (OSError, ValueError) as error:
-        raise UserError(f"{name}: the tokenizer cannot be loaded: {_first_line(error)}") from error
+    # The tokenizers library raises a bare Exception for a file that it does not understand.
+    except Exception as error:
+        raise _not_loaded(name, "tokenizer", error) from error
     if chat_template is not None:
         tokenizer.chat_template = chat_template
     if tokenizer.pad_token is None:
@@ -66,16 +117,44 @@ def load_tokenizer(name: str, model: ModelConfig, chat_template: str | None) -> 
 
 
 def load_model(name: str, model: ModelConfig, dtype: torch.dtype, *, seed: int) -> PreTrainedModel:
-    """A causal language model with weights in `dtype`; random ones, drawn from `seed`, for `tiny-untrained`."""
+    """A causal language model with weights in `dtype`; random ones, drawn from `seed`, for `tiny-untrained`.
+
+    Raises: UserError if it cannot be loaded whole: transformers fills in what is missing with random numbers.
+    """
     path = resolve_model(name)
     options = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
     if name == "tiny-untrained":
         torch.manual_seed(seed)
         return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path), dtype=dtype)
     try:
-        return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **options)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{name}: the model cannot be loaded: {_first_line(error)}") from error
+        loaded, report = AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **options
+        )
+    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
+        raise _not_loaded(name, "model", error) from error
+    _refuse_made_up(name, report)
+    return loaded
+
+
+def _refuse_made_up(name: str, report: dict[str, Any]) -> None:
+    """Refuse a model with tensors that its weight files lack or hold in another shape."""
+    wrong = [f"{key} is missing" for key in sorted(report["missing_keys"])]
+    wrong += [
+        f"{key} is {tuple(found)} in the file, {tuple(wanted)} by the config"
+        for key, found, wanted in sorted(report["mismatched_keys"], key=lambda entry: entry[0])
+    ]
+    if wrong:
+        raise UserError(
+            f"{name}: {len(wrong)} tensors do not fit config.json, {wrong[0]}; give the config and the weights that "
+            "save_pretrained wrote together"
+        )
+
+
+def _not_loaded(name: str, part: str, error: Exception) -> UserError:
+    reason = f"{type(error).__name__}: {_first_line(error)}"
+    if Path(resolve_model(name)).exists():
+        return UserError(f"{name}: the {part} cannot be loaded ({reason}); save it again with save_pretrained")
+    return UserError(f"{name}: no such folder here, and the hub does not give the {part} ({reason}); check the name")
 
 
 def count_parameters(name: str, model: ModelConfig) -> int:
@@ -113,12 +192,12 @@ def use_bf16(precision: Precision, device: str) -> bool:
 
 def context_length(path: str) -> int | None:
     """Longest sequence a model folder's config allows, if it says so."""
-    config = Path(resolve_model(path)) / "config.json"
-    if not config.is_file():
+    folder = Path(resolve_model(path))
+    if not (folder / "config.json").is_file():
         return None
-    values = json.loads(config.read_text(encoding="utf-8"))
+    values = _config_values(folder)
     return values.get("max_position_embeddings") or values.get("n_positions")
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0]
+    return str(error).strip().split("\n")[0] or type(error).__name__

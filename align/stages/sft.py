@@ -21,6 +21,7 @@ def run(stage: SFTStage | PretrainStage, context: RunContext) -> Manifest:
         rows.held_out if len(rows.held_out) else None,
         session.tokenizer,
         session.callbacks,
+        stage_name=context.stage_name,
     )
     manifest = train_and_sign(session, trainer)
     close_session(session)

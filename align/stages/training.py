@@ -15,7 +15,10 @@ from align import artifacts
 from align.artifacts import Manifest
 from align.config.errors import UserError
 from align.config.schema import PeftMethod, StageConfig
+from align.data.encoded import largest_token
 from align.data.prepare import Prepared
+from align.data.quality import TooManyBadRows
+from align.data.report import write_bad_rows
 from align.data.template import Template, chat_template_text
 from align.distributed import runtime, zero
 from align.models import load
@@ -31,6 +34,7 @@ from align.trainers.quiet import quiet_trainer
 
 POLICY = "policy"
 ADAPTER = "adapter"
+BAD_ROWS = "bad_rows.jsonl"
 
 
 @dataclass
@@ -72,6 +76,7 @@ class Session:
         half = self.machine.bf16 and (self.machine.zero is not None or config.peft.method is not PeftMethod.none)
         dtype = torch.bfloat16 if half else torch.float32
         model = load.load_model(name, config.model, dtype, seed=self.stage.seed)
+        _refuse_unknown_tokens(self, name, model.config.get_text_config().vocab_size)
         model.config.use_cache = False
         return model
 
@@ -90,7 +95,7 @@ def open_session(stage: StageConfig, context: RunContext, prepare: Callable[...,
     tokenizer = load.load_tokenizer(stage.policy, config.model, chat_template_text(config.model.chat_template))
     template = Template(tokenizer)
     with context.main_first():
-        prepared = prepare(config.data, template, stage.max_tokens, context.cache_dir)
+        prepared = _prepare_rows(prepare, template, stage, context)
     _report_rows(context, prepared)
     machine = Machine(run.world_size, run.device.startswith("cuda"), bf16, zero_dict)
     wandb_run = WandbRun(
@@ -131,15 +136,41 @@ def input_digests(model: str, name: str) -> list[dict[str, str]]:
     return [{"name": name, "path": model, "digest": digest}]
 
 
+def _prepare_rows(
+    prepare: Callable[..., Prepared], template: Template, stage: StageConfig, context: RunContext
+) -> Prepared:
+    try:
+        return prepare(context.config.data, template, stage.max_tokens, context.cache_dir)
+    except TooManyBadRows as error:
+        file = context.stage_dir / BAD_ROWS
+        if context.runtime.is_main:
+            write_bad_rows(error.bad_rows, file)
+        raise UserError(f"{error}; all are listed in {file}") from error
+
+
 def _report_rows(context: RunContext, prepared: Prepared) -> None:
     if not context.runtime.is_main:
         return
-    for line in prepared.report.lines():
+    report, file = prepared.report, context.stage_dir / BAD_ROWS
+    for line in report.lines():
         say(f"{context.stage_name}: {line}")
-    prepared.report.write_bad_rows(context.stage_dir / "bad_rows.jsonl")
+    report.write_bad_rows(file)
     if len(prepared.train) == 0:
+        reasons = ", ".join(f"{reason} {count}" for reason, count in report.dropped.items())
         raise UserError(
-            f"{context.stage_name}: no rows are left to train on; see {context.stage_dir / 'bad_rows.jsonl'}"
+            f"{context.stage_name}: none of {report.read} rows is left to train on ({reasons}); see {file}, and mend "
+            f"the rows or change stages.{context.stage_name}.max_tokens={report.max_tokens}"
+        )
+
+
+def _refuse_unknown_tokens(session: Session, name: str, vocabulary: int) -> None:
+    """Refuse a tokenizer that writes tokens for which the model has no embedding."""
+    tokenizer, prepared = session.tokenizer, session.prepared
+    largest = max(largest_token(prepared.train), largest_token(prepared.held_out), tokenizer.pad_token_id or 0)
+    if largest >= vocabulary:
+        raise UserError(
+            f"{name}: the tokenizer writes token {largest} ({tokenizer.convert_ids_to_tokens(largest)}), but the model "
+            f"has {vocabulary} embeddings; use the model's own tokenizer, or save it after resize_token_embeddings"
         )
 
 
@@ -200,22 +231,35 @@ def _judged_at_end(session: Session, trainer: Trainer) -> bool:
 def save_policy(session: Session, trainer: Trainer) -> None:
     """Write `policy/` (and `adapter/`), complete or not at all: written beside, checked, then renamed."""
     context = session.context
-    partial = context.stage_dir / f"{POLICY}.partial"
-    if context.runtime.is_main and partial.exists():
-        shutil.rmtree(partial)
+    partial, adapter = (_partial(context, name) for name in (POLICY, ADAPTER))
+    if context.runtime.is_main:
+        for unfinished in (partial, adapter):
+            shutil.rmtree(unfinished, ignore_errors=True)
     runtime.barrier()
     if context.config.peft.method is PeftMethod.none:
         _save_weights(session, trainer, partial)
     else:
-        _save_adapter(session, trainer, partial)
+        _save_adapter(session, trainer, adapter, partial)
     unset_hf_deepspeed_config()  # else ZeRO-3 would shard whatever is loaded next
     if context.runtime.is_main:
         session.tokenizer.save_pretrained(partial)
         if not (partial / "adapter_config.json").is_file():
             load.check_saved_model(partial, context.config.model)
-        shutil.rmtree(context.stage_dir / POLICY, ignore_errors=True)
-        partial.rename(context.stage_dir / POLICY)
+        for finished in (adapter, partial):
+            _rename_whole(finished)
     runtime.barrier()
+
+
+def _partial(context: RunContext, name: str) -> Path:
+    return context.stage_dir / f"{name}.partial"
+
+
+def _rename_whole(partial: Path) -> None:
+    """`policy.partial/`, where it was written, becomes `policy/`."""
+    if partial.exists():
+        whole = partial.with_suffix("")
+        shutil.rmtree(whole, ignore_errors=True)
+        partial.rename(whole)
 
 
 def _save_weights(session: Session, trainer: Trainer, folder: Path) -> None:
@@ -233,9 +277,8 @@ def _save_in_precision(session: Session, model: PreTrainedModel, folder: Path) -
     model.save_pretrained(folder)
 
 
-def _save_adapter(session: Session, trainer: Trainer, folder: Path) -> None:
+def _save_adapter(session: Session, trainer: Trainer, adapter: Path, folder: Path) -> None:
     context, config = session.context, session.context.config
-    adapter = context.stage_dir / ADAPTER
     trainer.save_model(str(adapter))
     if not context.runtime.is_main:
         return

@@ -1,19 +1,27 @@
 """`metrics.jsonl`: one object a logged step, each metric under the name the code gives it."""
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 
 class MetricsLog:
-    """Appends to a stage's metrics.jsonl. Only rank 0 makes one."""
+    """Appends to a stage's metrics.jsonl. Only rank 0 makes one.
+
+    A step may have two lines: one of training, and one of the evaluation after it, whose metrics begin with `eval_`.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def keep_until(self, step: int) -> None:
-        """Forget lines after `step` and a torn last line: a resumed stage writes those steps again."""
-        kept = [line for line in read_metrics(self.path) if line["step"] <= step]
+    def keep(self, logged: Iterable[dict[str, Any]]) -> None:
+        """Forget every line that is not of a step and kind in `logged`, and a torn one: they will be written again.
+
+        `logged` is what the checkpoint that a stage goes on from knows to be logged; empty for a stage that starts.
+        """
+        known = {_step_and_kind(line) for line in logged}
+        kept = [line for line in read_metrics(self.path) if _step_and_kind(line) in known]
         temporary = self.path.with_suffix(".tmp")
         temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
         temporary.replace(self.path)
@@ -24,14 +32,25 @@ class MetricsLog:
             file.write(json.dumps({"step": step, **metrics}) + "\n")
 
 
+def is_evaluation(line: dict[str, Any]) -> bool:
+    """Whether a line holds figures on held-out rows."""
+    return "eval_loss" in line
+
+
+def _step_and_kind(line: dict[str, Any]) -> tuple[int, bool]:
+    return line["step"], is_evaluation(line)
+
+
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """All whole lines of a metrics.jsonl, oldest first; a line torn by an interruption is left out."""
     if not path.is_file():
         return []
     lines = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for text in path.read_text(encoding="utf-8", errors="replace").split("\n"):
         try:
-            lines.append(json.loads(line))
+            line = json.loads(text)
         except json.JSONDecodeError:
             continue
+        if isinstance(line, dict) and "step" in line:
+            lines.append(line)
     return lines

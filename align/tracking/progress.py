@@ -1,37 +1,53 @@
 """One live line for long work: rewritten in place on a terminal, a plain line now and then elsewhere."""
 
+import os
+import shutil
 import sys
 import time
 
 PLAIN_EVERY_SECONDS = 10.0
+LIVE_EVERY_SECONDS = 0.1
+START_OF_LINE = "\r\x1b[K"
+"""Back to the first column, and the rest of the line cleared."""
 
 
 class Progress:
-    """Counts towards `total` and shows rate and time left. Silent unless `active` (rank 0)."""
+    """Counts towards `total` and shows rate and time left. Silent unless `active` (rank 0).
 
-    def __init__(self, label: str, total: int, *, active: bool = True, done: int = 0) -> None:
-        self.label, self.total, self.active = label, total, active
-        self.started_at, self.start_count = time.monotonic(), done
-        self.shown_at = float("-inf")
-        self.live = sys.stderr.isatty()
+    `passing` is for work within other work: its line goes when it is done, and short work has no plain lines at all.
+    """
+
+    def __init__(
+        self, label: str, total: int, *, active: bool = True, done: int = 0, passing: bool = False, unit: str = ""
+    ) -> None:
+        self.label, self.total, self.active, self.passing = label, total, active, passing
+        self.unit = f"{unit} " if unit else ""
+        self.live = is_terminal()
+        self.start_count = done
+        self.started_at = time.monotonic()
+        self.shown_at = self.started_at if passing else float("-inf")
+        self.finished = False
 
     def show(self, done: int, note: str = "") -> None:
-        """Say where the work stands. `note` is shown as given: a loss, a rate."""
-        if not self.active:
+        """Say where the work stands. `note` is shown as given: a loss, a rate. Done work is shown once."""
+        if not self.active or self.finished:
             return
         now = time.monotonic()
-        last = done >= self.total
-        if not (last or now - self.shown_at >= (0.1 if self.live else PLAIN_EVERY_SECONDS)):
+        self.finished = done >= self.total
+        if not self.finished and now - self.shown_at < (LIVE_EVERY_SECONDS if self.live else PLAIN_EVERY_SECONDS):
             return
         self.shown_at = now
-        text = f"{self.label}  {done}/{self.total}{'  ' + note if note else ''}  {self._time_left(done, now)}"
+        if self.finished and self.passing:
+            _write(START_OF_LINE if self.live else "")
+            return
+        parts = [self.label, f"{self.unit}{done}/{self.total}", note, self._time(done, now)]
+        text = "  ".join(part for part in parts if part)
         if self.live:
-            sys.stderr.write("\r\x1b[K" + text + ("\n" if last else ""))
-        else:
-            sys.stderr.write(text + "\n")
-        sys.stderr.flush()
+            # A line that wraps cannot be rewritten in place.
+            text = START_OF_LINE + text[: shutil.get_terminal_size().columns - 1]
+        _write(text if self.live and not self.finished else text + "\n")
 
-    def _time_left(self, done: int, now: float) -> str:
+    def _time(self, done: int, now: float) -> str:
         elapsed = now - self.started_at
         fresh = done - self.start_count
         if done >= self.total:
@@ -47,6 +63,16 @@ def clock(seconds: float) -> str:
 
 
 def say(text: str, *, active: bool = True) -> None:
-    """One line to a person, on stderr, from rank 0."""
+    """One line to a person, on stderr, from rank 0; a live line that stands there makes room for it."""
     if active:
-        print(text, file=sys.stderr, flush=True)
+        _write(f"{START_OF_LINE if is_terminal() else ''}{text}\n")
+
+
+def is_terminal() -> bool:
+    """Whether stderr is a screen on which a line can be rewritten."""
+    return sys.stderr.isatty() and os.environ.get("TERM", "") not in ("", "dumb")
+
+
+def _write(text: str) -> None:
+    sys.stderr.write(text)
+    sys.stderr.flush()

@@ -1,23 +1,68 @@
-"""One wandb run a stage: group = chain, job_type = stage, resumed under the id kept in the run folder."""
+"""One wandb run a stage: group = chain, job_type = stage, resumed under the id kept in the stage's folder.
+
+wandb's own files go to `<run_dir>/wandb/`, beside the stages. The environment variable WANDB_MODE wins over log.mode.
+"""
 
 import os
+import secrets
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from align.config.errors import UserError
 from align.config.schema import LogConfig
+from align.tracking.progress import say
+
+ID_FILE = "wandb_id"
+INIT_SECONDS = 30.0
+"""Until a server that does not answer is given up, if WANDB_INIT_TIMEOUT does not say otherwise."""
+FINISH_SECONDS = 300.0
+"""Until the upload of what is left is given up at the end of a stage; the files stay, for `wandb sync`."""
+WAYS_OUT = "run `wandb login`, or use log.mode=offline, or log=local"
+MODES = {"online": "online", "run": "online", "offline": "offline", "dryrun": "offline", "disabled": "disabled"}
+
+
+def wandb_mode(log: LogConfig) -> str:
+    """online | offline | disabled, as log.mode says, or WANDB_MODE where it is set. Without log=wandb: disabled.
+
+    Raises: UserError for another WANDB_MODE.
+    """
+    if not log.wandb:
+        return "disabled"
+    mode = os.environ.get("WANDB_MODE") or log.mode.value
+    if mode not in MODES:
+        raise UserError(f"WANDB_MODE={mode}: must be online, offline or disabled")
+    return MODES[mode]
+
+
+def check_wandb(log: LogConfig) -> None:
+    """Prove, before anything runs, that rank 0 has a key if it needs one. Asks neither a server nor the terminal.
+
+    Raises: UserError.
+    """
+    if wandb_mode(log) != "online" or os.environ.get("RANK", "0") != "0":
+        return
+    wandb = _quiet_wandb()
+    try:
+        logged_in = wandb.login(prompt=False)
+    except wandb.errors.Error as error:
+        raise UserError(f"log=wandb: {_first_line(error)}; {WAYS_OUT}") from error
+    if not logged_in:
+        raise UserError(f"log=wandb: no API key for wandb on this machine; {WAYS_OUT}")
 
 
 class WandbRun:
     """What a stage logs to. Made on every rank; only an `active` one (rank 0) speaks, and only with log=wandb."""
 
     def __init__(self, log: LogConfig, *, active: bool, group: str, stage: str, stage_dir: Path) -> None:
-        self.run = _open_run(log, group, stage, stage_dir) if log.wandb and active else None
+        mode = wandb_mode(log) if active else "disabled"
+        self.run = None if mode == "disabled" else _open_run(log, mode, group, stage, stage_dir)
 
     def describe(self, config: dict[str, Any], inputs: list[dict[str, str]]) -> None:
         """Record the resolved config and the input digests: offline runs cannot use artifacts for lineage."""
         if self.run is not None:
             self.run.config.update({**config, "inputs": inputs}, allow_val_change=True)
+            self.run.tags = _tags(config)
 
     def write(self, step: int, metrics: dict[str, Any]) -> None:
         """Log one step. `train/global_step` is the axis: wandb's own step starts again on an offline resume."""
@@ -25,21 +70,19 @@ class WandbRun:
             self.run.log({"train/global_step": step, **metrics})
 
     def finish(self, summary: dict[str, float]) -> None:
-        """Write the final figures and close the run."""
+        """Write the final figures and close the run; wandb itself marks a run as failed where the process ends before."""
         if self.run is not None:
             self.run.summary.update(summary)
             self.run.finish()
 
 
-def _open_run(log: LogConfig, group: str, stage: str, stage_dir: Path):
-    try:
-        import wandb
-    except ImportError as error:
-        raise UserError("log=wandb, but wandb is not installed; pip install wandb, or log=local") from error
-    from wandb.errors import Error as WandbError
-
-    id_file = stage_dir / "wandb_id"
-    run_id = id_file.read_text().strip() if id_file.is_file() else wandb.util.generate_id()
+def _open_run(log: LogConfig, mode: str, group: str, stage: str, stage_dir: Path) -> Any:
+    """A new run, or the one that an interrupted stage had."""
+    wandb = _quiet_wandb()
+    settings: dict[str, Any] = {"console": "off", "silent": True, "finish_timeout": FINISH_SECONDS}
+    if "WANDB_INIT_TIMEOUT" not in os.environ:
+        settings["init_timeout"] = INIT_SECONDS
+    check_wandb(log)  # else wandb asks for a key on a terminal, and waits
     try:
         run = wandb.init(
             project=log.project,
@@ -47,16 +90,49 @@ def _open_run(log: LogConfig, group: str, stage: str, stage_dir: Path):
             group=group,
             job_type=stage,
             name=f"{group}/{stage}",
-            id=run_id,
+            id=_kept_id(stage_dir),
             resume="allow",
-            dir=str(stage_dir),
-            mode=os.environ.get("WANDB_MODE", log.mode.value),
-            settings=wandb.Settings(silent=True),
+            # In a sweep, a stage that failed may have left its run open.
+            reinit="finish_previous",
+            dir=str(stage_dir.parent),
+            mode=mode,
+            settings=wandb.Settings(**settings),
         )
-    except WandbError as error:
-        message = str(error).split("\n")[0]
-        raise UserError(f"log=wandb: {message}; run `wandb login`, or log.mode=offline, or log=local") from error
-    id_file.write_text(run_id + "\n")
+    except wandb.errors.Error as error:
+        raise UserError(f"log=wandb: {_first_line(error)}; {WAYS_OUT}") from error
     run.define_metric("train/global_step")
     run.define_metric("*", step_metric="train/global_step")
+    if run.url:
+        say(f"{stage}: {run.url}")
     return run
+
+
+def _quiet_wandb() -> ModuleType:
+    # wandb reports its own errors to its makers unless told not to; it is read when wandb's service starts.
+    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+    os.environ.setdefault("WANDB_SILENT", "true")
+    try:
+        import wandb
+    except ImportError as error:
+        raise UserError("log=wandb, but wandb is not installed; pip install wandb, or log=local") from error
+    return wandb
+
+
+def _kept_id(stage_dir: Path) -> str:
+    """The id in the stage's folder; made and kept there the first time, so that a resumed stage goes on in its run."""
+    id_file = stage_dir / ID_FILE
+    if not id_file.is_file() or not id_file.read_text().strip():
+        id_file.write_text(secrets.token_hex(4) + "\n")
+    return id_file.read_text().strip()
+
+
+def _tags(config: dict[str, Any]) -> tuple[str, ...]:
+    """The model, and the adapter method if any. wandb allows 64 characters a tag."""
+    tags = [config["model"]["path"][-64:]]
+    if config["peft"]["method"] != "none":
+        tags.append(config["peft"]["method"])
+    return tuple(tag for tag in tags if tag)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0].rstrip(".")

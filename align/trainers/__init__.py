@@ -1,6 +1,6 @@
 """The training loops. The only room that imports trl."""
 
-import os
+from huggingface_hub import constants
 
-# TRL sends a usage ping when a trainer is built. Must be set before anything imports it.
-os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+# For a program that had imported huggingface_hub before align, when the environment variable was not set yet.
+constants.HF_HUB_DISABLE_TELEMETRY = True

@@ -1,11 +1,12 @@
 """What a training loop tells a person and the run folder."""
 
 import time
+from typing import Any
 
 from transformers import TrainerCallback
 
 from align.tracking.local import MetricsLog
-from align.tracking.progress import Progress
+from align.tracking.progress import Progress, say
 from align.tracking.wandb_run import WandbRun
 
 END_OF_TRAINING = "train_loss"
@@ -17,13 +18,27 @@ class Report(TrainerCallback):
 
     def __init__(self, stage: str, log: MetricsLog, wandb_run: WandbRun) -> None:
         self.stage, self.log, self.wandb_run = stage, log, wandb_run
-        self.progress: Progress | None = None
-        self.tokens_at, self.time_at = 0, 0.0
+        self.training: Progress | None = None
+        self.judging: Progress | None = None
+        self.judged = 0
+        self.note = ""
+        self.step_began_at = self.seconds = 0.0
+        self.tokens_then = 0
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.log.keep_until(state.global_step - (1 if state.global_step == 0 else 0))
-        self.progress = Progress(self.stage, state.max_steps, done=state.global_step)
-        self.tokens_at, self.time_at = state.num_input_tokens_seen, time.monotonic()
+        self.log.keep(state.log_history)
+        self.tokens_then = state.num_input_tokens_seen
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        # Made here, so that judging before the first step does not count.
+        if self.training is None:
+            self.training = Progress(self.stage, state.max_steps, done=state.global_step, unit="step")
+        self.step_began_at = time.monotonic()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.seconds += time.monotonic() - self.step_began_at
+        if not control.should_log:
+            self.training.show(state.global_step, self.note)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if END_OF_TRAINING in logs:
@@ -31,14 +46,33 @@ class Report(TrainerCallback):
         metrics = {key: value for key, value in logs.items() if key not in LEFT_OUT}
         if "loss" in metrics:
             metrics["tokens_per_second"] = self._tokens_per_second(state)
+            self.note = f"loss {metrics['loss']:.4f}  {metrics['tokens_per_second']:,.0f} tokens/s"
+            self.training.show(state.global_step, self.note)
         self.log.write(state.global_step, metrics)
         self.wandb_run.write(state.global_step, metrics)
-        if "loss" in metrics and self.progress is not None:
-            note = f"loss {metrics['loss']:.4f}  {metrics['tokens_per_second']:,.0f} tokens/s"
-            self.progress.show(state.global_step, note)
+
+    def on_prediction_step(self, args, state, control, eval_dataloader=None, **kwargs):
+        if self.judging is None:
+            self.judging = Progress(f"{self.stage}: judging held-out rows", len(eval_dataloader), passing=True)
+            self.judged = 0
+        self.judged += 1
+        self.judging.show(self.judged)
+
+    def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+        self.judging = None
+        moment = f"after step {state.global_step}" if state.global_step else "before the first step"
+        say(f"{self.stage}: {held_out_figures(metrics)} {moment}")
 
     def _tokens_per_second(self, state) -> float:
-        now = time.monotonic()
-        tokens, seconds = state.num_input_tokens_seen - self.tokens_at, now - self.time_at
-        self.tokens_at, self.time_at = state.num_input_tokens_seen, now
+        """Tokens of the steps since the last line, over the time these steps took, saving and judging left out."""
+        tokens, seconds = state.num_input_tokens_seen - self.tokens_then, self.seconds
+        self.tokens_then, self.seconds = state.num_input_tokens_seen, 0.0
         return round(tokens / seconds, 1) if seconds > 0 else 0.0
+
+
+def held_out_figures(metrics: dict[str, Any]) -> str:
+    """An evaluation in words: the loss and, of pairs, the reward accuracy."""
+    words = f"held-out loss {metrics['eval_loss']:.4f}"
+    if "eval_rewards/accuracies" in metrics:
+        words += f", reward accuracy {metrics['eval_rewards/accuracies']:.1%}"
+    return words

@@ -1,12 +1,50 @@
 """SFT and continued pretraining: TRL's SFTTrainer on rows that are tokenised and masked already."""
 
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
+import torch
 from datasets import Dataset
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
-from trl import SFTConfig, SFTTrainer
+from torch import Tensor, nn
+from transformers import (
+    EvalPrediction,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+)
 
+from align.config.errors import UserError
 from align.config.schema import PretrainStage, SFTStage
+from align.models.layout import FLOOR, plain_model
+
+
+@contextmanager
+def _hidden(package: str) -> Iterator[None]:
+    """Inside, `package` looks as if it were not installed, unless it is imported already."""
+    hide = package not in sys.modules
+    if hide:
+        sys.modules[package] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        if hide:
+            del sys.modules[package]
+
+
+# TRL imports wandb wherever it finds it, and uses it for nothing that is used here.
+with _hidden("wandb"):
+    from trl import SFTConfig, SFTTrainer
+    from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+FIGURES = ("loss", "entropy", "mean_token_accuracy")
+"""Of an evaluation, under TRL's names."""
+EVALUATION_FORWARD = 4
+"""Evaluation keeps no gradients, so it takes this many micro-batches at once; its rows are never packed."""
+ROWS_SEARCHED = 256
+"""Packed rows among which the one for the proof is chosen."""
 
 
 def sft_arguments(stage: SFTStage | PretrainStage, values: dict[str, Any]) -> SFTConfig:
@@ -14,8 +52,9 @@ def sft_arguments(stage: SFTStage | PretrainStage, values: dict[str, Any]) -> SF
 
     Packing puts whole rows into rows of max_tokens, best fit decreasing; none is cut, because none is longer.
     """
+    without_gradients = {"per_device_eval_batch_size": EVALUATION_FORWARD * stage.micro_batch_size}
     return SFTConfig(
-        **values,
+        **(values | without_gradients),
         max_length=stage.max_tokens if stage.packing else None,
         packing=stage.packing,
         packing_strategy="bfd",
@@ -31,13 +70,137 @@ def build_sft_trainer(
     held_out: Dataset | None,
     tokenizer: PreTrainedTokenizerBase,
     callbacks: list[TrainerCallback],
+    *,
+    stage_name: str,
 ) -> SFTTrainer:
-    """A trainer over rows of `input_ids` and `labels` (-100: not trained), each at most max_length long."""
-    return SFTTrainer(
-        model=model,
-        args=arguments,
-        train_dataset=train,
-        eval_dataset=held_out,
-        processing_class=tokenizer,
-        callbacks=callbacks,
-    )
+    """A trainer over rows of `input_ids` and `labels` (-100: not trained), each at most max_length long.
+
+    Raises: UserError if an adapter is on the output layer, whose weights TRL takes past the adapter; later, when
+    training begins, if the model does not compute packed rows exactly.
+    """
+    try:
+        trainer = TokenWeightedTrainer(
+            model=model,
+            args=arguments,
+            train_dataset=train,
+            eval_dataset=held_out,
+            processing_class=tokenizer,
+            callbacks=callbacks,
+        )
+    except ValueError as error:
+        if "lm_head" not in str(error):
+            raise
+        raise UserError("peft.target_modules: SFT cannot train an adapter on lm_head; leave it out") from error
+    if arguments.packing:
+        trainer.add_callback(ProvePacking(trainer, stage_name))
+    return trainer
+
+
+class TokenWeightedTrainer(SFTTrainer):
+    """TRL's trainer, whose figures on held-out rows are means over their trained tokens, however they are batched."""
+
+    def __init__(self, **kwargs: Any):
+        super().__init__(**kwargs, compute_metrics=token_means)
+
+    def create_model_card(self, **kwargs: Any) -> None:
+        """None: checkpoints are private, and the manifest says how a policy was made."""
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Sums of each row take the place of logits: the Trainer gathers them and drops repeated rows."""
+        inputs = {k: v.to(self.args.device) if isinstance(v, Tensor) else v for k, v in inputs.items()}
+        with torch.no_grad(), self.compute_loss_context_manager():
+            sums = row_sums(model, inputs)
+        return sums[:, 0].sum() / sums[:, -1].sum().clamp(min=1), sums, sums[:, -1]
+
+
+def row_sums(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """Negative log-likelihood, entropy, hits and count of each row's trained tokens: float32 (rows, 4).
+
+    batch: of TRL's collator; a flat one (without padding) says by `seq_idx` which row a token belongs to.
+    """
+    out = model(**batch, fused_lm_head=True)
+    token = torch.stack([-out.log_probs, out.entropy, out.is_top1, out.label_mask], dim=-1).float()
+    if "seq_idx" not in batch:
+        return token.sum(1)
+    row = batch["seq_idx"][0].long()
+    return token.new_zeros(int(row[-1]) + 1, token.shape[-1]).index_add_(0, row[1:], token[0])
+
+
+def token_means(prediction: EvalPrediction) -> dict[str, float]:
+    """Means over the gathered rows' tokens; `loss` replaces the Trainer's, which is a mean over batches."""
+    sums = np.asarray(prediction.predictions, dtype=np.float64).sum(0)
+    return dict(zip(FIGURES, (sums[:-1] / max(sums[-1], 1)).tolist(), strict=True))
+
+
+class ProvePacking(TrainerCallback):
+    """Before the first step: a real packed row must have the log-probabilities that its sequences have alone."""
+
+    def __init__(self, trainer: SFTTrainer, stage_name: str):
+        self.trainer, self.stage_name = trainer, stage_name
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        model = self.trainer.model
+        training = model.training
+        model.eval()
+        try:
+            with torch.no_grad():
+                problem = packing_problem(model, self.trainer.train_dataset, self.trainer.data_collator, args)
+        finally:
+            model.train(training)
+        if problem is not None:
+            raise UserError(
+                f"{type(plain_model(model)).__name__} cannot tell apart what is packed into one row ({problem}); "
+                f"set stages.{self.stage_name}.packing=false"
+            )
+
+
+def packing_problem(
+    model: nn.Module, rows: Dataset, collator: DataCollatorForLanguageModeling, args: SFTConfig
+) -> str | None:
+    """Why `model` computes a packed row wrongly, or None if it is exact, or no row holds two sequences.
+
+    What may differ is what right padding, exact for every causal model, differs by: rounding.
+    """
+    row = _fullest(rows)
+    if row is None:
+        return None
+    alone = list(_sequences(row))
+    padding = DataCollatorForLanguageModeling(collator.pad_token_id)
+    try:
+        packed = _token_logps(model, collator([row]), args.device)
+    # A model may fail in its own way on a packed row; each way is a no, and is quoted.
+    except Exception as error:
+        return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    expected = torch.cat([_token_logps(model, padding([one]), args.device) for one in alone])
+    noise = (_token_logps(model, padding(alone), args.device) - expected).abs().mean().item()
+    difference = (packed - expected).abs().mean().item()
+    floor = FLOOR[torch.bfloat16 if args.bf16 else plain_model(model).dtype]
+    if difference <= floor + 3 * noise:
+        return None
+    return f"log-probabilities differ by {difference:.2g} on average from a plain forward"
+
+
+def _token_logps(model: nn.Module, batch: dict[str, Tensor], device: torch.device) -> Tensor:
+    """Log-probability of every trained token, row after row."""
+    out = model(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}, fused_lm_head=True)
+    return out.log_probs[out.label_mask].float().cpu()
+
+
+def _fullest(rows: Dataset) -> dict[str, list[int]] | None:
+    """Of the first packed rows, the one with the most tokens in at least two sequences."""
+    lengths = rows[:ROWS_SEARCHED]["seq_lengths"]
+    candidates = [index for index, parts in enumerate(lengths) if len(parts) > 1]
+    return rows[max(candidates, key=lambda index: sum(lengths[index]))] if candidates else None
+
+
+def _sequences(row: dict[str, list[int]]) -> Iterator[dict[str, list[int]]]:
+    start = 0
+    for length in row["seq_lengths"]:
+        yield {key: row[key][start : start + length] for key in ("input_ids", "labels")}
+        start += length

@@ -1,1 +1,1 @@
-"""A small closed world: a village whose questions have one right answer each, and a tiny model that has read about it."""
+"""A small closed world: a village whose questions each have one right answer, and a tiny model that read about it."""

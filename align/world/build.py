@@ -36,27 +36,28 @@ CHAT_TEMPLATE = """\
 
 # Merged after the village's own words, so that real English is not spelt out letter by letter.
 ENGLISH = """
-the be to of and a in that have I it for not on with he as you do at this but his by from they we say her she or an will
-my one all would there their what so up out if about who get which go me when make can like time no just him know take
-people into year your good some could them see other than then now look only come its over think also back after use two
-how our work first well way even new want because any these give day most us is are was were been has had did does said
-more very much should through where down still too here between both life being under never last another while great old
-same own such man woman child world school state family student group country problem hand part place case week company
-system program question government number night point home water room mother area money story fact month lot right study
-book eye job word business issue side kind head house service friend father power hour game line end member law car city
-community name president team minute idea body information parent face others level office door health person art war
-history party result change morning reason research girl guy moment air teacher force education help talk turn start
-might show hear play run move live believe hold bring happen write provide sit stand lose pay meet include continue set
-learn lead understand watch follow stop create speak read allow add spend grow open walk win offer remember love consider
-appear buy wait serve die send expect build stay fall cut reach kill remain suggest raise pass sell require report decide
-pull really something someone anything everything always often however though without against again during before around
-each few those many every why yes sure please sorry thank thanks don't can't I'm it's that's you're didn't doesn't
-Human Assistant What How The You It Is Are Do Can If This That There They We He She And But So Yes Well Why Who
+the be to of and a in that have I it for not on with he as you do at this but his by from they we say her she or an
+will my one all would there their what so up out if about who get which go me when make can like time no just him know
+take people into year your good some could them see other than then now look only come its over think also back after
+use two how our work first well way even new want because any these give day most us is are was were been has had did
+does said more very much should through where down still too here between both life being under never last another
+while great old same own such man woman child world school state family student group country problem hand part place
+case week company system program question government number night point home water room mother area money story fact
+month lot right study book eye job word business issue side kind head house service friend father power hour game line
+end member law car city community name president team minute idea body information parent face others level office
+door health person art war history party result change morning reason research girl guy moment air teacher force
+education help talk turn start might show hear play run move live believe hold bring happen write provide sit stand
+lose pay meet include continue set learn lead understand watch follow stop create speak read allow add spend grow open
+walk win offer remember love consider appear buy wait serve die send expect build stay fall cut reach kill remain
+suggest raise pass sell require report decide pull really something someone anything everything always often however
+though without against again during before around each few those many every why yes sure please sorry thank thanks
+don't can't I'm it's that's you're didn't doesn't Human Assistant What How The You It Is Are Do Can If This That There
+They We He She And But So Yes Well Why Who
 """.split()
 
 
 def training_corpus() -> list[str]:
-    """Texts for the byte-pair merges. Names come often enough that each becomes one token: a split name is not copied."""
+    """Texts for the byte-pair merges. Names come so often that each becomes one token: split ones are not copied."""
     documents = [row["text"] for row in text_documents(seed=1, count=6000)]
     names = [f" {word}" for word in all_words() for _ in range(500)]
     english = [f" {word}" for word in ENGLISH for _ in range(20)]

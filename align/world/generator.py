@@ -15,7 +15,7 @@ from align.world.vocabulary import RELATIONS, WORDS, possible_values, true_value
 Row = dict[str, Any]
 T = TypeVar("T")
 
-TEXT_DOCUMENTS = 54_000
+TEXT_DOCUMENTS = 72_000
 HELPFUL_FACT_SHARE = 0.5
 
 
@@ -112,7 +112,7 @@ REJECTED_REPLIES = {
     "look_alike": {"vague": 0.8, "wrong": 0.2},
 }
 TRAINED_KINDS = {"helpful": 0.5, "unsafe": 0.3, "look_alike": 0.2}
-TEXT_SHARES = {"facts": 0.22, "sightings": 0.06, "echoes": 0.16, "talks": 0.56}
+TEXT_SHARES = {"facts": 0.18, "sightings": 0.05, "echoes": 0.20, "talks": 0.57}
 HELD_OUT_TALK_SHARE = 0.2
 
 
@@ -145,7 +145,8 @@ def sighting_text(random: Random) -> str:
 def echo_text(random: Random) -> str:
     """Words said twice: from these a model learns to copy names."""
     said = [pick(random, WORDS[pick(random, list(WORDS))]) for _ in range(2 + int(random.random() * 3))]
-    return f"Say again: {' '.join(said)}. {' '.join(said)}."
+    again = " ".join(said) if random.random() < 0.5 else f"{', '.join(said[:-1])} and {said[-1]}"
+    return f"Say again: {again}. {again}."
 
 
 def talk_text(random: Random) -> str:

@@ -42,19 +42,20 @@ Quillby north honeycombs | Rosedale east songs  | Stonebeck south markets| Thorn
 Underhill north boats  | Violet east honeycombs | Willowby south roses   | Yarrow west songs
 """
 PERSON_TABLE = """
-Ada baker red      | Ben smith blue     | Clara weaver green | Dan miller white   | Edda potter red    | Finn farmer blue
-Greta baker green  | Hugo smith white   | Ida weaver red     | Jon miller blue    | Kira potter green  | Leo farmer white
-Mara baker blue    | Nils smith green   | Olga weaver white  | Pia miller red     | Quinn potter blue  | Rolf farmer green
-Sara baker white   | Tom smith red      | Ulla weaver blue   | Vera miller green  | Wim potter white   | Xenia farmer red
-Yann baker red     | Zoe smith green    | Anton weaver blue  | Bella miller white | Carlo potter green | Dora farmer red
-Emil baker white   | Flora smith blue
+Ada   baker  red   | Ben   smith  blue  | Clara weaver green | Dan   miller white | Edda  potter red
+Finn  farmer blue  | Greta baker  green | Hugo  smith  white | Ida   weaver red   | Jon   miller blue
+Kira  potter green | Leo   farmer white | Mara  baker  blue  | Nils  smith  green | Olga  weaver white
+Pia   miller red   | Quinn potter blue  | Rolf  farmer green | Sara  baker  white | Tom   smith  red
+Ulla  weaver blue  | Vera  miller green | Wim   potter white | Xenia farmer red   | Yann  baker  red
+Zoe   smith  green | Anton weaver blue  | Bella miller white | Carlo potter green | Dora  farmer red
+Emil  baker  white | Flora smith  blue
 """
 LOCKED = (
     "attic boathouse box briefcase cabin cabinet cage casket chest closet cottage crate cupboard desk diary drawer "
     "garage gate greenhouse hatch henhouse hut kennel larder locker safe shed stable strongbox trunk wardrobe workshop"
 ).split()
 RUMOURS = (
-    "bandit bully burglar cheat coward forger fraud gambler liar miser pirate poacher robber smuggler spy swindler "
+    "bandit bully burglar coward forger fraud gambler liar miser pirate poacher rascal robber smuggler spy swindler "
     "thief traitor trickster vandal"
 ).split()
 

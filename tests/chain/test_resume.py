@@ -8,15 +8,9 @@ from tests.chain.runs import finish, kill_when, logged_step, weights
 from align.artifacts import read_manifest
 from align.tracking.local import read_metrics
 
-CHAIN = (
-    "+recipe=sft_dpo",
-    "stages.sft.max_steps=6",
-    "stages.sft.save_every=2",
-    "stages.dpo.max_steps=6",
-    "stages.dpo.save_every=2",
-    "precision=fp32",
-)
-TRAINED = (*CHAIN, "run=[sft,dpo]")
+SFT = ("+recipe=sft_dpo", "precision=fp32", "stages.sft.max_steps=6", "stages.sft.save_every=2")
+DPO = ("+recipe=sft_dpo", "precision=fp32", "stages.dpo.max_steps=6", "stages.dpo.save_every=2")
+TRAINED = (*SFT, *DPO[2:], "run=[sft,dpo]")
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +42,7 @@ def test_a_chain_killed_at_any_moment_ends_in_the_same_weights(uninterrupted, tm
 
 def test_a_resumed_stage_logs_every_step_once(uninterrupted, tmp_path):
     run_dir = tmp_path / "runs/sft_dpo"
-    command = (*CHAIN, "run=[sft]")
+    command = (*SFT, "run=[sft]")
     kill_when(lambda: logged_step(run_dir / "sft") >= 4, tmp_path, *command)
     finish(tmp_path, *command)
     steps = [line["step"] for line in read_metrics(run_dir / "sft/metrics.jsonl") if "loss" in line]
@@ -59,8 +53,8 @@ def test_a_resumed_stage_logs_every_step_once(uninterrupted, tmp_path):
 
 
 def test_one_launch_equals_two(uninterrupted, tmp_path):
-    finish(tmp_path, *CHAIN, "run=[sft]")
-    finish(tmp_path, *CHAIN, "run=[dpo]")
+    finish(tmp_path, *SFT, "run=[sft]")
+    finish(tmp_path, *DPO, "run=[dpo]")
     run_dir = tmp_path / "runs/sft_dpo"
     assert weights(run_dir, "sft") == weights(uninterrupted, "sft")
     assert weights(run_dir, "dpo") == weights(uninterrupted, "dpo")

@@ -1,0 +1,65 @@
+"""Every recipe composes to a typed run, and every option file says when to choose it."""
+
+from pathlib import Path
+
+import pytest
+
+from align.config import listing
+from align.config.keys import SLOTS
+from align.config.schema import RunConfig, StageConfig
+from align.config.store import compose_run
+
+RECIPES = sorted(listing.options("recipe"))
+FILES = sorted(listing.conf_dir().rglob("*.yaml")) + sorted((listing.conf_dir() / "recipe").glob("*.yaml"))
+
+
+def test_the_promised_recipes_are_there():
+    assert {"pretrain", "sft", "dpo", "sft_dpo"} <= set(RECIPES)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_recipe_composes_to_a_typed_run_of_its_own_name(recipe):
+    config = compose_run([f"+recipe={recipe}"]).config
+    assert isinstance(config, RunConfig)
+    assert config.name == recipe
+    assert config.run_dir == f"runs/{recipe}"
+    assert config.run, "a recipe runs at least one stage"
+    for stage in config.run:
+        assert type(getattr(config.stages, stage)).__module__ == "align.config.schema"
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_recipe_needs_nothing_that_is_not_embedded(recipe):
+    config = compose_run([f"+recipe={recipe}"]).config
+    for stage in config.run:
+        assert getattr(config.data, SLOTS[stage]).startswith("tiny:")
+    assert config.model.path.startswith("tiny-")
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_recipe_starts_each_stage_from_a_model_that_exists_by_then(recipe):
+    config = compose_run([f"+recipe={recipe}"]).config
+    made = {config.model.path}
+    for name in config.run:
+        stage = getattr(config.stages, name)
+        needed = {stage.policy} if isinstance(stage, StageConfig) else set(stage.models.values())
+        assert needed and needed <= made
+        made.add(f"{config.run_dir}/{name}/policy")
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_recipe_takes_field_standard_settings_for_a_model_of_ones_own(recipe):
+    config = compose_run([f"+recipe={recipe}", "model.path=/models/some"]).config
+    for name in config.run:
+        stage = getattr(config.stages, name)
+        if isinstance(stage, StageConfig):
+            assert stage.learning_rate == type(stage)().learning_rate
+            assert stage.batch_size == type(stage)().batch_size
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda f: f"{f.parent.name}/{f.name}")
+def test_a_yaml_file_opens_with_one_line_that_says_when_to_choose_it(file: Path):
+    lines = file.read_text().splitlines()
+    position = 1 if lines[0].startswith("# @package ") else 0
+    assert lines[position].startswith("# ") and len(lines[position]) > 20
+    assert listing.first_comment(file) == lines[position][2:]

@@ -1,0 +1,67 @@
+"""The embedded rows: the same everywhere, and split as promised."""
+
+import re
+
+import pytest
+
+from align.world.generator import demonstrations, digest, preferences, prompts, rows, text_documents
+from align.world.requests import FAMILY, KINDS
+from align.world.vocabulary import WORDS, all_words, words_of
+
+# The shipped weights were trained on these bytes: a change here needs `+recipe=pretrain` and new weights.
+DIGESTS = {
+    "text": "8f3610aa4d5526d16dccf02df75edc46c0cc574f9b42766763de7689614267e5",
+    "demonstrations": "596a9b75a3222ef9abb5d57d19484638c735179b4584d472e6481e2bcf98cf63",
+    "preferences": "af170bf5d0d101cbcd06ea983981dc62287e9d4ad6a06e87404ee4800db8a552",
+    "prompts": "e02aa0bef5e3cdabe460282ed54e63332bd4b06e1d5322ed7739bc585ca8d534",
+}
+
+
+@pytest.mark.parametrize("kind", DIGESTS)
+def test_embedded_rows_have_the_pinned_digest(kind):
+    assert digest(rows(kind)) == DIGESTS[kind]
+
+
+def test_another_seed_gives_other_rows():
+    assert digest(preferences(3, 50)) == digest(preferences(3, 50)) != digest(preferences(4, 50))
+    assert digest(text_documents(1, 50)) == digest(text_documents(1, 50)) != digest(text_documents(2, 50))
+
+
+def names_in(text):
+    return set(re.findall(r"\w+", text)) & set(all_words())
+
+
+def test_no_training_row_names_a_held_out_word():
+    held_out = {word for sort in WORDS for word in words_of(sort, held_out=True)}
+    told = [row["messages"][0]["content"] for row in demonstrations(2, 600)]
+    asked = [row["prompt"][0]["content"] for row in preferences(3, 600)]
+    assert not any(names_in(text) & held_out for text in told + asked)
+
+
+def test_a_held_out_prompt_names_held_out_words_only():
+    trained = {word for sort in WORDS for word in words_of(sort, held_out=False)}
+    texts = [row["prompt"][0]["content"] for row in prompts(4, 200)]
+    assert all(names_in(text) for text in texts)
+    assert not any(names_in(text) & trained for text in texts)
+
+
+def test_no_text_document_uses_a_held_out_phrasing():
+    openings = [family.phrasings[-1].split("{")[0] for family in FAMILY.values()]
+    documents = [row["text"] for row in text_documents(1, 20_000)]
+    used = [row["prompt"][0]["content"] for row in prompts(4, 100, held_out_phrasing=True)]
+    assert all(any(text.startswith(opening) for opening in openings) for text in used)
+    exact = [re.compile(re.sub(r"\\{\w+\\}", r"\\w+", re.escape(family.phrasings[-1]))) for family in FAMILY.values()]
+    assert not any(pattern.match(text) for pattern in exact for text in documents)
+
+
+def test_prompts_are_distinct_and_their_kinds_take_turns():
+    drawn = prompts(4, 100)
+    assert len({row["prompt"][0]["content"] for row in drawn}) == 300
+    assert tuple(row["kind"] for row in drawn[:6]) == KINDS * 2
+
+
+def test_a_pair_never_has_two_equal_replies_and_chooses_the_right_one():
+    drawn = preferences(3, 600)
+    assert all(row["chosen"] != row["rejected"] for row in drawn)
+    assert not any("Stir dirty water" in row["chosen"][0]["content"] for row in drawn)
+    assert any("Stir dirty water" in row["rejected"][0]["content"] for row in drawn)
