@@ -11,12 +11,13 @@ from omegaconf import OmegaConf
 from align import artifacts
 from align.artifacts import Manifest
 from align.config.errors import UserError
+from align.config.keys import SLOTS
 from align.config.schema import RunConfig, StageConfig, ZeroChoice
 from align.data.prepare import check_slot, slot_digests
 from align.distributed import runtime
 from align.distributed.runtime import Runtime
 from align.models.load import check_model, context_length
-from align.stages.context import SLOTS, RunContext, flat, plain, stage_record
+from align.stages.context import RunContext, flat, plain, stage_record
 from align.stages.table import RUN
 from align.stages.training import input_digests
 from align.tracking.progress import say
@@ -76,7 +77,7 @@ def check_chain(config: RunConfig, run_dir: Path) -> None:
         if stage is None:
             raise UserError(f"run has {name}, but stages.{name} is not set; add stage=[{','.join(config.run)}]")
         for key, wire in _wires(name, stage).items():
-            _check_wire(key, wire, config.run[:position], run_dir)
+            _check_wire(key, wire, config.run[:position], run_dir, keep_adapter=config.peft.keep_adapter)
         if isinstance(stage, StageConfig):
             _check_context_length(config, name, stage)
         check_slot(config.data, SLOTS[name])
@@ -106,11 +107,19 @@ def _wires(name: str, stage: Any) -> dict[str, str]:
     return {f"stages.{name}.models.{key}": path for key, path in stage.models.items()}
 
 
-def _check_wire(key: str, wire: str, earlier: list[str], run_dir: Path) -> None:
+def _check_wire(key: str, wire: str, earlier: list[str], run_dir: Path, *, keep_adapter: bool) -> None:
     path = Path(wire)
     if path.parent.parent == run_dir and path.name == "policy":
         producer = path.parent.name
-        if producer in earlier or artifacts.read_manifest(path.parent) is not None:
+        if producer in earlier and keep_adapter:
+            raise UserError(
+                f"{key}={wire}: with peft.keep_adapter=true stage {producer} leaves an adapter there, and a stage starts "
+                "from a whole model; leave keep_adapter out: the adapter is kept beside the merged model anyway"
+            )
+        if producer in earlier:
+            return
+        if artifacts.read_manifest(path.parent) is not None:
+            check_model(wire, where=key)
             return
         raise UserError(f"{key}={wire}: stage {producer} has not run; run it first, or put it before in run=")
     check_model(wire, where=key)

@@ -18,12 +18,11 @@ FLOORS = {
     "trainers": 4,
     "generation": 3,
     "losses": 2,
+    "models": 2,
+    "tracking": 2,
     "data": 1,
     "distributed": 1,
     "artifacts": 1,
-    # Mezzanine: the layout proof needs the batches of data, the summary the manifests of artifacts.
-    "models": 1.5,
-    "tracking": 1.5,
     "config": 0,
     "world": 0,
 }

@@ -107,6 +107,11 @@ RULES: tuple[Rule, ...] = (
         lambda t: t.path != "peft.method" and t.config.peft.method is PeftMethod.none,
         "peft=none trains every weight; add peft=lora",
     ),
+    (
+        "peft.dropout",
+        lambda t: not {"sft", "pretrain"} & set(t.config.run),
+        "DPO trains without dropout, so that policy and reference are the same network",
+    ),
     *(
         (key, lambda t: t.config.deepspeed.mode is not ZeroChoice.zero, "only ZeRO reads it; add deepspeed=zero2")
         for key in ("deepspeed.stage", "deepspeed.offload")

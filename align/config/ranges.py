@@ -29,7 +29,7 @@ LIMITS: dict[str, Limit] = {
     "stages.*.max_steps": AT_LEAST_ONE,
     "stages.*.epochs": ABOVE_ZERO,
     "stages.*.learning_rate": ABOVE_ZERO,
-    "stages.*.warmup_fraction": FRACTION,
+    "stages.*.warmup_fraction": BELOW_ONE,
     "stages.*.weight_decay": NOT_NEGATIVE,
     "stages.*.max_grad_norm": NOT_NEGATIVE,
     "stages.*.batch_size": AT_LEAST_ONE,
@@ -40,7 +40,8 @@ LIMITS: dict[str, Limit] = {
     "stages.*.seed": (lambda value: 0 <= value < 2**32, "from 0 to 4294967295"),
     "stages.*.eval_every": NOT_NEGATIVE,
     "stages.*.save_every": NOT_NEGATIVE,
-    "stages.*.keep_checkpoints": AT_LEAST_ONE,
+    # The newest is trusted only once it is sealed, so the one before it has to be there.
+    "stages.*.keep_checkpoints": (lambda value: value >= 2, "2 or more"),
     "stages.*.temperature": NOT_NEGATIVE,
     "stages.dpo.beta": ABOVE_ZERO,
     "stages.dpo.label_smoothing": BELOW_HALF,

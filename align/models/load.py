@@ -45,8 +45,11 @@ def check_model(name: str, *, where: str) -> None:
             return
         hint = _near_sibling(path) or "; check the path"
         raise UserError(f"{where}={name}: no such folder, and not a hub id (organisation/model){hint}")
-    if (path / "adapter_config.json").is_file():
-        raise UserError(f"{where}={name}: an adapter, not a whole model; merge it into its base and save that")
+    if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
+        raise UserError(
+            f"{where}={name}: an adapter, not a whole model; train it without peft.keep_adapter, which merges it, or "
+            "merge it with PEFT's merge_and_unload"
+        )
     if not (path / "config.json").is_file():
         raise UserError(f"{where}={name}: no config.json in it; give a folder written by save_pretrained")
     _config_values(path)

@@ -1,29 +1,35 @@
 """Adapters: put on a model, and folded back into it."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from align.config.errors import UserError
 from align.config.schema import ModelConfig, PeftConfig, PeftMethod
 from align.models.load import load_model
 
+ALL_LINEAR = "all-linear"
+
 
 def add_adapter(model: PreTrainedModel, peft: PeftConfig, *, seed: int, zero3: bool) -> PreTrainedModel | PeftModel:
     """The model with a fresh adapter, whose weights are drawn from `seed`; the model itself for peft=none.
 
-    Raises: UserError if target_modules match nothing.
+    Raises: UserError if target_modules name a layer that is not there, or the output layer.
     """
     if peft.method is PeftMethod.none:
         return model
+    targets = target_modules(model, peft.target_modules)
     torch.manual_seed(seed)
     config = LoraConfig(
         r=peft.r,
         lora_alpha=peft.alpha,
         lora_dropout=peft.dropout,
-        target_modules=peft.target_modules,
+        target_modules=targets,
         task_type="CAUSAL_LM",
     )
     try:
@@ -31,6 +37,31 @@ def add_adapter(model: PreTrainedModel, peft: PeftConfig, *, seed: int, zero3: b
         return get_peft_model(model, config, autocast_adapter_dtype=not zero3)
     except ValueError as error:
         raise UserError(f"peft.target_modules={peft.target_modules}: {error}") from error
+
+
+def target_modules(model: PreTrainedModel, wanted: Any) -> str | list[str]:
+    """`all-linear` (every linear layer but the output layer), or names of linear layers that are all there.
+
+    The output layer is refused: SFT computes log-probabilities past an adapter on it, and merging into weights that it
+    shares with the embeddings would change those too.
+    Raises: UserError naming what the model has.
+    """
+    if wanted == ALL_LINEAR:
+        return ALL_LINEAR
+    names = [wanted] if isinstance(wanted, str) else wanted
+    output = model.get_output_embeddings()
+    layers = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D) and module is not output
+    ]
+    known = ", ".join(sorted({layer.rsplit(".", 1)[-1] for layer in layers}))
+    if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
+        raise UserError(f"peft.target_modules={wanted}: must be {ALL_LINEAR} or a list of {known}")
+    for name in names:
+        if not any(layer == name or layer.endswith(f".{name}") for layer in layers):
+            raise UserError(f"peft.target_modules: no layer for an adapter is called {name}; this model has {known}")
+    return names
 
 
 def merged_model(policy: str, adapter_dir: Path, model: ModelConfig, *, seed: int) -> PreTrainedModel:

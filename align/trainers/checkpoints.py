@@ -33,9 +33,8 @@ def seal(checkpoint: Path, identity: dict) -> None:
 
 def newest_sealed(checkpoints: Path) -> tuple[Path | None, dict, list[str]]:
     """The newest checkpoint whose seal holds, its identity, and a line for each newer one that was passed over."""
-    found = sorted(checkpoints.glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]), reverse=True)
     passed_over = []
-    for checkpoint in found:
+    for _, checkpoint in sorted(_by_step(checkpoints), reverse=True):
         content = _sealed_content(checkpoint)
         if content is not None:
             return checkpoint, content["identity"], passed_over
@@ -43,12 +42,18 @@ def newest_sealed(checkpoints: Path) -> tuple[Path | None, dict, list[str]]:
     return None, {}, passed_over
 
 
+def _by_step(checkpoints: Path) -> list[tuple[int, Path]]:
+    """Every checkpoint with its step; a folder without a number is none."""
+    found = [(path.name.removeprefix("checkpoint-"), path) for path in checkpoints.glob("checkpoint-*")]
+    return [(int(step), path) for step, path in found if step.isdecimal()]
+
+
 def _sealed_content(checkpoint: Path) -> dict | None:
     try:
         content = read_json(checkpoint / SEAL)
     except (ValueError, OSError):
         return None
-    if content is None:
+    if not isinstance(content, dict) or not {"identity", "files"} <= content.keys():
         return None
     for name, size in content["files"].items():
         path = checkpoint / name
@@ -59,9 +64,8 @@ def _sealed_content(checkpoint: Path) -> dict | None:
 
 def remove_newer(checkpoints: Path, kept: Path | None) -> None:
     """Delete every checkpoint newer than `kept` (all for None), so that nothing stale is mixed into a new save."""
-    limit = int(kept.name.split("-")[1]) if kept else -1
-    for checkpoint in checkpoints.glob("checkpoint-*"):
-        if int(checkpoint.name.split("-")[1]) > limit:
+    for step, checkpoint in _by_step(checkpoints):
+        if kept is None or step > checkpoint_step(kept):
             shutil.rmtree(checkpoint)
 
 

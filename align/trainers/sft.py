@@ -75,22 +75,16 @@ def build_sft_trainer(
 ) -> SFTTrainer:
     """A trainer over rows of `input_ids` and `labels` (-100: not trained), each at most max_length long.
 
-    Raises: UserError if an adapter is on the output layer, whose weights TRL takes past the adapter; later, when
-    training begins, if the model does not compute packed rows exactly.
+    Raises: UserError, when training begins, if the model does not compute packed rows exactly.
     """
-    try:
-        trainer = TokenWeightedTrainer(
-            model=model,
-            args=arguments,
-            train_dataset=train,
-            eval_dataset=held_out,
-            processing_class=tokenizer,
-            callbacks=callbacks,
-        )
-    except ValueError as error:
-        if "lm_head" not in str(error):
-            raise
-        raise UserError("peft.target_modules: SFT cannot train an adapter on lm_head; leave it out") from error
+    trainer = TokenWeightedTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=train,
+        eval_dataset=held_out,
+        processing_class=tokenizer,
+        callbacks=callbacks,
+    )
     if arguments.packing:
         trainer.add_callback(ProvePacking(trainer, stage_name))
     return trainer

@@ -112,7 +112,7 @@ REJECTED_REPLIES = {
     "look_alike": {"vague": 0.8, "wrong": 0.2},
 }
 TRAINED_KINDS = {"helpful": 0.5, "unsafe": 0.3, "look_alike": 0.2}
-TEXT_SHARES = {"facts": 0.18, "sightings": 0.05, "echoes": 0.20, "talks": 0.57}
+TEXT_SHARES = {"facts": 0.18, "sightings": 0.04, "echoes": 0.18, "talks": 0.6}
 HELD_OUT_TALK_SHARE = 0.2
 
 
@@ -144,7 +144,9 @@ def sighting_text(random: Random) -> str:
 
 def echo_text(random: Random) -> str:
     """Words said twice: from these a model learns to copy names."""
-    said = [pick(random, WORDS[pick(random, list(WORDS))]) for _ in range(2 + int(random.random() * 3))]
+    count = 3 + int(random.random() * 5)
+    sort = pick(random, list(WORDS)) if random.random() < 0.5 else None
+    said = [pick(random, WORDS[sort or pick(random, list(WORDS))]) for _ in range(count)]
     again = " ".join(said) if random.random() < 0.5 else f"{', '.join(said[:-1])} and {said[-1]}"
     return f"Say again: {again}. {again}."
 

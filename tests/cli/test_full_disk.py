@@ -38,7 +38,7 @@ def disk(tmp_path) -> Iterator[Disk]:
         except FileNotFoundError:
             pytest.skip("there is no `mount` here")
         if done.returncode:
-            pytest.skip(f"a small disk cannot be mounted (needs root): {done.stderr.strip()}")
+            pytest.skip(f"a small disk cannot be mounted (needs root): {done.stderr.splitlines()[0]}")
         return folder
 
     yield mount

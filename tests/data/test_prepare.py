@@ -227,7 +227,7 @@ def test_a_half_written_cache_is_no_cache(tmp_path, template, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(cache.os, "replace", full)
-        with pytest.raises(OSError, match="No space left"):
+        with pytest.raises(UserError, match=r"cache_dir=.*/cache: .* cannot be written there .No space left"):
             prepare_preferences(data, template, 64, tmp_path / "cache")
     assert list((tmp_path / "cache" / "rows").iterdir()) == []
     assert len(prepare_preferences(data, template, 64, tmp_path / "cache").train) > 0

@@ -1,0 +1,61 @@
+"""Reads the file that an offline wandb run writes: LevelDB's log format, 32 KiB blocks of protobuf records."""
+
+import json
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+BLOCK_BYTES, FILE_HEADER_BYTES, CHUNK_HEADER_BYTES = 32768, 7, 7
+FULL, FIRST, LAST = 1, 2, 4
+
+
+def _records(path: Path) -> Iterator[Any]:
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    data, at, parts = path.read_bytes(), FILE_HEADER_BYTES, b""
+    while at + CHUNK_HEADER_BYTES <= len(data):
+        left = BLOCK_BYTES - at % BLOCK_BYTES
+        _, size, kind = struct.unpack("<IHB", data[at : at + CHUNK_HEADER_BYTES])
+        if left < CHUNK_HEADER_BYTES or (size == 0 and kind == 0):
+            at += left
+            continue
+        start = at + CHUNK_HEADER_BYTES
+        parts = data[start : start + size] if kind in (FULL, FIRST) else parts + data[start : start + size]
+        at = start + size
+        if kind in (FULL, LAST):
+            record = Record()
+            record.ParseFromString(parts)
+            yield record
+
+
+def _values(items: Any) -> dict[str, Any]:
+    return {".".join(item.nested_key) or item.key: json.loads(item.value_json) for item in items}
+
+
+def read_run(path: Path) -> dict[str, Any]:
+    """id, project, group, job_type, tags, config, axis (of every metric), rows, summary, exit_code of a .wandb file."""
+    run: dict[str, Any] = {"config": {}, "rows": [], "summary": {}, "axis": {}}
+    for record in _records(path):
+        kind = record.WhichOneof("record_type")
+        if kind == "run":
+            seen = record.run
+            run |= {"id": seen.run_id, "project": seen.project, "group": seen.run_group, "job_type": seen.job_type}
+            run["tags"] = list(seen.tags)
+            run["config"] |= _values(seen.config.update)
+        elif kind == "config":
+            run["config"] |= _values(record.config.update)
+        elif kind == "history":
+            run["rows"].append(_values(record.history.item))
+        elif kind == "summary":
+            run["summary"] |= _values(record.summary.update)
+        elif kind == "metric":
+            run["axis"][record.metric.glob_name or record.metric.name] = record.metric.step_metric
+        elif kind == "exit":
+            run["exit_code"] = record.exit.exit_code
+    return run
+
+
+def read_runs(run_dir: Path) -> list[dict[str, Any]]:
+    """Every run below a run folder, oldest first."""
+    return [read_run(path) for path in sorted(run_dir.rglob("run-*.wandb"), key=lambda p: p.stat().st_mtime_ns)]
