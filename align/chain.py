@@ -18,8 +18,8 @@ from align.distributed import runtime
 from align.distributed.runtime import Runtime
 from align.models.load import check_model, context_length
 from align.stages.context import RunContext, flat, plain, stage_record
+from align.stages.session import input_digests
 from align.stages.table import RUN
-from align.stages.training import input_digests
 from align.tracking.progress import say
 from align.tracking.summary import summary
 from align.tracking.wandb_run import check_wandb
@@ -113,8 +113,8 @@ def _check_wire(key: str, wire: str, earlier: list[str], run_dir: Path, *, keep_
         producer = path.parent.name
         if producer in earlier and keep_adapter:
             raise UserError(
-                f"{key}={wire}: with peft.keep_adapter=true stage {producer} leaves an adapter there, and a stage starts "
-                "from a whole model; leave keep_adapter out: the adapter is kept beside the merged model anyway"
+                f"{key}={wire}: with peft.keep_adapter=true stage {producer} leaves an adapter there, and stages start "
+                "from whole models; leave keep_adapter out: the adapter is kept beside the merged model anyway"
             )
         if producer in earlier:
             return

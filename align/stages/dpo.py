@@ -14,7 +14,8 @@ from align.data.prepare import prepare_preferences
 from align.losses.pairwise import PairObjective
 from align.models.layout import prove_layout
 from align.stages.context import RunContext
-from align.stages.training import Session, close_session, input_digests, open_session, train_and_sign
+from align.stages.session import Session, close_session, input_digests, open_session
+from align.stages.training import train_and_sign
 from align.tracking.progress import say
 from align.trainers.pairs import PairTrainer
 from align.trainers.reference import longest_first, reference_engine, with_reference_logps

@@ -17,7 +17,7 @@ from align.distributed import runtime
 from align.generation.hf import complete
 from align.models import load
 from align.stages.context import RunContext, plain, stage_record
-from align.stages.training import input_digests
+from align.stages.session import input_digests
 from align.tracking.progress import Progress
 from align.tracking.wandb_run import WandbRun
 from align.world import oracle

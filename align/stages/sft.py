@@ -4,7 +4,8 @@ from align.artifacts import Manifest
 from align.config.schema import PretrainStage, SFTStage
 from align.data.prepare import prepare_demonstrations, prepare_text
 from align.stages.context import RunContext
-from align.stages.training import close_session, open_session, train_and_sign
+from align.stages.session import close_session, open_session
+from align.stages.training import train_and_sign
 from align.trainers.sft import build_sft_trainer, sft_arguments
 
 

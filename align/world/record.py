@@ -1,9 +1,9 @@
 """Makes the shipped models from a finished run: python -m align.world.record RUN_DIR (of +recipe=pretrain, then sft).
 
-    python -m align +recipe=pretrain precision=fp32
-    python -m align +recipe=sft model.path=runs/pretrain/pretrain/policy precision=fp32
-    python -m align.world.record runs/pretrain/pretrain base
-    python -m align.world.record runs/sft/sft sft
+python -m align +recipe=pretrain precision=fp32
+python -m align +recipe=sft model.path=runs/pretrain/pretrain/policy precision=fp32
+python -m align.world.record runs/pretrain/pretrain base
+python -m align.world.record runs/sft/sft sft
 """
 
 import json

@@ -3,10 +3,10 @@
 from pathlib import Path
 
 import pytest
-from tests.chain.runs import finish, kill_when, logged_step, weights
 
 from align.artifacts import read_manifest
 from align.tracking.local import read_metrics
+from tests.chain.runs import finish, kill_when, logged_step, weights
 
 SFT = ("+recipe=sft_dpo", "precision=fp32", "stages.sft.max_steps=6", "stages.sft.save_every=2")
 DPO = ("+recipe=sft_dpo", "precision=fp32", "stages.dpo.max_steps=6", "stages.dpo.save_every=2")

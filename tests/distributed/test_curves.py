@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from align.tracking.local import read_metrics
 
 HERE = Path(__file__).resolve().parent

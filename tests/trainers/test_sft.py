@@ -224,4 +224,6 @@ def test_trl_sends_no_usage_ping_even_if_the_hub_library_was_imported_first(tmp_
         text=True,
         timeout=120,
     )
-    assert [line for line in done.stdout.splitlines() if "sent" in line] == ["sent 0 1", "would have sent 1"], done.stderr
+    assert [line for line in done.stdout.splitlines() if "sent" in line] == ["sent 0 1", "would have sent 1"], (
+        done.stderr
+    )

@@ -1,0 +1,93 @@
+"""A trained policy on disk: complete or not at all."""
+
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel, Trainer
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+from align.config.schema import PeftMethod
+from align.distributed import runtime
+from align.models import load
+from align.models.peft import merged_model
+from align.stages.context import RunContext
+from align.stages.session import Session
+
+POLICY = "policy"
+ADAPTER = "adapter"
+
+
+def save_policy(session: Session, trainer: Trainer) -> None:
+    """Write `policy/` (and `adapter/`), complete or not at all: written beside, checked, then renamed."""
+    context = session.context
+    partial, adapter = (_partial(context, name) for name in (POLICY, ADAPTER))
+    if context.runtime.is_main:
+        for unfinished in (partial, adapter):
+            shutil.rmtree(unfinished, ignore_errors=True)
+    runtime.barrier()
+    trainer.model.config.use_cache = True
+    if context.config.peft.method is PeftMethod.none:
+        _save_weights(session, trainer, partial)
+    else:
+        _save_adapter(session, trainer, adapter, partial)
+    unset_hf_deepspeed_config()  # else ZeRO-3 would shard whatever is loaded next
+    if context.runtime.is_main:
+        session.tokenizer.save_pretrained(partial)
+        if not (partial / "adapter_config.json").is_file():
+            load.check_saved_model(partial, context.config.model)
+        for finished in (adapter, partial):
+            _make_readable(finished)
+            _rename_whole(finished)
+    runtime.barrier()
+
+
+def _partial(context: RunContext, name: str) -> Path:
+    return context.stage_dir / f"{name}.partial"
+
+
+def _make_readable(folder: Path) -> None:
+    """safetensors writes files that only their owner can read; a policy is as readable as any other file."""
+    mask = os.umask(0)
+    os.umask(mask)
+    for path in folder.rglob("*") if folder.exists() else ():
+        path.chmod(0o666 & ~mask)
+
+
+def _rename_whole(partial: Path) -> None:
+    """`policy.partial/`, where it was written, becomes `policy/`."""
+    if partial.exists():
+        whole = partial.with_suffix("")
+        shutil.rmtree(whole, ignore_errors=True)
+        partial.rename(whole)
+
+
+def _save_weights(session: Session, trainer: Trainer, folder: Path) -> None:
+    if session.machine.zero is not None:
+        trainer.save_model(str(folder))
+        (folder / "training_args.bin").unlink(missing_ok=True)
+    elif session.context.runtime.is_main:
+        _save_in_precision(session, trainer.accelerator.unwrap_model(trainer.model), folder)
+
+
+def _save_in_precision(session: Session, model: PreTrainedModel, folder: Path) -> None:
+    """Weights are stored in the training precision: bf16 runs need no fp32 copies."""
+    model = model.to(torch.bfloat16 if session.machine.bf16 else torch.float32)
+    model.save_pretrained(folder)
+
+
+def _save_adapter(session: Session, trainer: Trainer, adapter: Path, folder: Path) -> None:
+    context, config = session.context, session.context.config
+    trainer.save_model(str(adapter))
+    if not context.runtime.is_main:
+        return
+    for extra in adapter.iterdir():
+        if not extra.name.startswith("adapter_"):
+            extra.unlink()
+    if config.peft.keep_adapter:
+        shutil.copytree(adapter, folder)
+    else:
+        unset_hf_deepspeed_config()  # else ZeRO-3 would shard the base
+        model = merged_model(session.stage.policy, adapter, config.model, seed=session.stage.seed)
+        _save_in_precision(session, model, folder)
