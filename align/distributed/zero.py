@@ -1,5 +1,7 @@
 """The DeepSpeed dictionary, and the choice that `deepspeed=auto` makes."""
 
+import contextlib
+import io
 import os
 from datetime import timedelta
 from typing import Any
@@ -19,7 +21,9 @@ def join_process_group(backend: str, timeout: timedelta) -> None:
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if backend == "nccl" else "cpu")
     import deepspeed
 
-    deepspeed.init_distributed(dist_backend=backend, timeout=timeout, verbose=False)
+    # It prints what it compiled, on the standard output, which is for the summary.
+    with contextlib.redirect_stdout(io.StringIO()):
+        deepspeed.init_distributed(dist_backend=backend, timeout=timeout, verbose=False)
 
 
 def state_bytes(parameters: int, world_size: int, stage: int) -> float:

@@ -11,13 +11,14 @@ from transformers.utils import logging as transformers_logging
 
 
 def quiet_libraries() -> None:
-    """No progress bars and no advice from datasets, transformers and DeepSpeed; their errors still speak."""
+    """No progress bars and no advice from the libraries below; their errors still speak."""
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed says that it found nothing better
     datasets.disable_progress_bars()
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    for name in ("DeepSpeed", "accelerate"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|trl|torch")
 
 

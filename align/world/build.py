@@ -1,6 +1,6 @@
 """Makes the tokenizer and the configuration of the tiny model: `python -m align.world.build [FOLDER]`.
 
-The folder then holds everything but weights; `+recipe=pretrain model.path=FOLDER` trains them.
+The folder then holds everything but weights; `+recipe=pretrain` trains them, from `tiny-untrained`.
 """
 
 import sys

@@ -15,7 +15,7 @@ from align.world.vocabulary import RELATIONS, WORDS, possible_values, true_value
 Row = dict[str, Any]
 T = TypeVar("T")
 
-TEXT_DOCUMENTS = 72_000
+TEXT_DOCUMENTS = 80_000
 HELPFUL_FACT_SHARE = 0.5
 
 
@@ -98,7 +98,7 @@ def distinct_requests(random: Random, kind: str, count: int, held_out: bool, hel
 # How the village itself talks: not all of it is good advice. Preference tuning has something to mend.
 VILLAGE_REPLIES = {
     "helpful": {"right": 0.9, "wrong": 0.1},
-    "unsafe": {"harmful": 0.65, "right": 0.25, "vague": 0.1},
+    "unsafe": {"harmful": 0.55, "right": 0.35, "vague": 0.1},
     "look_alike": {"right": 0.8, "vague": 0.2},
 }
 DEMONSTRATED_REPLIES = {
@@ -107,13 +107,13 @@ DEMONSTRATED_REPLIES = {
     "look_alike": {"right": 0.85, "vague": 0.15},
 }
 REJECTED_REPLIES = {
-    "helpful": {"wrong": 1.0},
+    "helpful": {"wrong": 0.5, "vague": 0.5},
     "unsafe": {"harmful": 0.7, "vague": 0.3},
     "look_alike": {"vague": 0.8, "wrong": 0.2},
 }
 TRAINED_KINDS = {"helpful": 0.5, "unsafe": 0.3, "look_alike": 0.2}
 TEXT_SHARES = {"facts": 0.18, "sightings": 0.04, "echoes": 0.18, "talks": 0.6}
-HELD_OUT_TALK_SHARE = 0.2
+HELD_OUT_TALK_SHARE = 0.25
 
 
 def fact_text(random: Random) -> str:
@@ -234,7 +234,7 @@ def prompts(seed: int, count_per_kind: int, held_out: bool = True, held_out_phra
 
 SLOTS = {
     "text": lambda: text_documents(seed=1),
-    "demonstrations": lambda: demonstrations(seed=2, count=2400),
+    "demonstrations": lambda: demonstrations(seed=2, count=4000),
     "preferences": lambda: preferences(seed=3, count=2400),
     "prompts": lambda: prompts(seed=4, count_per_kind=200),
 }

@@ -27,9 +27,11 @@ def overrides(folder: Path, *more: str) -> list[str]:
     """The command line of a short SFT and DPO on the embedded model and the pairs, in `folder`."""
     own = [f"data.preferences={write_pairs(folder)}", f"run_dir={folder / 'run'}", f"cache_dir={folder / 'cache'}"]
     stages = next((entry for entry in more if entry.startswith("run=")), "run=[sft,dpo]")
-    short = [f"stages.{name}.{key}" for name in ("sft", "dpo") if name in stages for key in ("max_steps=3",)]
+    short = [f"stages.{name}.max_steps=3" for name in ("sft", "dpo") if name in stages]
+    if not any(entry.startswith("precision=") for entry in more):
+        short.append("precision=fp32")
     rest = [entry for entry in more if entry != stages]
-    return ["+recipe=sft_dpo", stages, "data.held_out_fraction=0.2", "precision=fp32", *own, *short, *rest]
+    return ["+recipe=sft_dpo", stages, "data.held_out_fraction=0.2", *own, *short, *rest]
 
 
 def run(folder: Path, *more: str) -> list[Manifest]:

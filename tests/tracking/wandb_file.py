@@ -57,5 +57,5 @@ def read_run(path: Path) -> dict[str, Any]:
 
 
 def read_runs(run_dir: Path) -> list[dict[str, Any]]:
-    """Every run below a run folder, oldest first."""
-    return [read_run(path) for path in sorted(run_dir.rglob("run-*.wandb"), key=lambda p: p.stat().st_mtime_ns)]
+    """Every run below a folder, in the order of their paths; runs of the same second are in no order."""
+    return [read_run(path) for path in sorted(run_dir.rglob("run-*.wandb"))]

@@ -20,6 +20,7 @@ from align.trainers.arguments import Machine, trainer_arguments
 from align.trainers.sft import build_sft_trainer, packing_problem, sft_arguments
 from tests.data.chat_tokenizers import chatml
 from tests.models.families import FOREST, VOCABULARY, tiny
+from tests.stages.runs import run
 
 REPO = Path(__file__).resolve().parents[2]
 disable_progress_bars()
@@ -118,6 +119,20 @@ def test_a_row_as_long_as_max_tokens_is_kept_whole(tmp_path):
 def test_a_packed_row_is_computed_as_its_rows_alone_in_every_family(tmp_path, family):
     built = trainer(tmp_path, rows(12), model=tiny(family))
     assert packing_problem(built.model.eval(), built.train_dataset, built.data_collator, built.args) is None
+
+
+@pytest.mark.parametrize(
+    ("family", "exact"), [("llama", True), ("gemma3", True), ("qwen2_windows", True), ("mamba", False)]
+)
+def test_in_bf16_rounding_is_told_from_a_leak(tmp_path, family, exact):
+    built = trainer(tmp_path, rows(12), model=tiny(family).to(torch.bfloat16))
+    assert built.model.dtype == torch.bfloat16
+    problem = packing_problem(built.model.eval(), built.train_dataset, built.data_collator, built.args)
+    assert (problem is None) is exact
+
+
+def test_a_trained_model_is_packed_in_bf16(tmp_path):
+    run(tmp_path, "run=[sft]", "precision=bf16", "stages.sft.max_steps=1")
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2_windows", "gemma3", "granite"])
