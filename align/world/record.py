@@ -37,6 +37,8 @@ def record(stage_dir: Path, name: str) -> None:
         "losses": [round(line["loss"], 5) for line in lines if "loss" in line],
     }
     (folder / "training.json").write_text(json.dumps(training, indent=1) + "\n")
+    # safetensors writes files that only their owner can read.
+    (folder / "model.safetensors").chmod(0o644)
 
 
 if __name__ == "__main__":

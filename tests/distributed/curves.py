@@ -11,6 +11,7 @@ from align.config.schema import (
     DPOStage,
     Layout,
     ModelConfig,
+    Offload,
     PeftConfig,
     PeftMethod,
     Precision,
@@ -46,7 +47,10 @@ def config(folder: Path, settings: dict[str, str]) -> RunConfig:
         model=ModelConfig(path="tiny-sft"),
         peft=PeftConfig(method=PeftMethod(settings.get("peft", "none"))),
         deepspeed=DeepSpeedConfig(
-            mode=ZeroChoice.none if zero is None else ZeroChoice.zero, stage=int(zero or 0), timeout_seconds=120
+            mode=ZeroChoice.none if zero is None else ZeroChoice.zero,
+            stage=int(zero or 0),
+            offload=Offload(settings.get("offload", "none")),
+            timeout_seconds=120,
         ),
         stages=Stages(dpo=stage),
     )
