@@ -10,9 +10,9 @@ from align.world.vocabulary import WORDS, all_words, words_of
 
 # The shipped weights were trained on these bytes: a change here needs `+recipe=pretrain` and new weights.
 DIGESTS = {
-    "text": "8f3610aa4d5526d16dccf02df75edc46c0cc574f9b42766763de7689614267e5",
-    "demonstrations": "596a9b75a3222ef9abb5d57d19484638c735179b4584d472e6481e2bcf98cf63",
-    "preferences": "af170bf5d0d101cbcd06ea983981dc62287e9d4ad6a06e87404ee4800db8a552",
+    "text": "b55b615e44e2a1bcb38ded1a3083948c0fa2ed553df75b9ece098d9d732260e5",
+    "demonstrations": "f6214495f6b74044bdee1b77952def94e5cb57d2c36b0e89fcf18854e495cbea",
+    "preferences": "2a4ea4e876b2ede42b3c00b9ab2f8645b5cad15b6037e4670af0e9fd740ea55b",
     "prompts": "e02aa0bef5e3cdabe460282ed54e63332bd4b06e1d5322ed7739bc585ca8d534",
 }
 
