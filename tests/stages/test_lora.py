@@ -9,6 +9,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from align.artifacts import read_manifest
 from align.config.errors import UserError
 from align.models.load import resolve_model
 from align.tracking.local import read_metrics
@@ -68,7 +69,8 @@ def test_the_adapter_is_kept_beside_the_policy_and_holds_nothing_else(chain, sta
 def test_the_reference_is_the_base_that_dpo_starts_from(chain):
     first, *_, last = (line for line in read_metrics(chain / "dpo/metrics.jsonl") if "eval_loss" in line)
     assert (first["eval_rewards/chosen"], first["eval_rewards/rejected"]) == pytest.approx((0, 0), abs=1e-6)
-    assert first["eval_loss"] - first["eval_nll"] == pytest.approx(math.log(2), abs=1e-6)
+    weight = read_manifest(chain / "dpo").config["stages"]["dpo"]["nll_weight"]
+    assert first["eval_loss"] - weight * first["eval_nll"] == pytest.approx(math.log(2), abs=1e-6)
     assert abs(last["eval_rewards/chosen"]) > 1e-3
 
 
