@@ -132,7 +132,9 @@ def test_in_bf16_rounding_is_told_from_a_leak(tmp_path, family, exact):
 
 
 def test_a_trained_model_is_packed_in_bf16(tmp_path):
-    run(tmp_path, "run=[sft]", "precision=bf16", "stages.sft.max_steps=1")
+    [manifest] = run(tmp_path, "run=[sft]", "precision=bf16", "stages.sft.max_steps=1")
+    assert manifest.steps == 1
+    assert manifest.config["stages"]["sft"]["packing"]
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2_windows", "gemma3", "granite"])
