@@ -1,5 +1,6 @@
 """What a row becomes: small types that every format is read into."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -8,15 +9,42 @@ from align.config.errors import UserError
 
 
 @dataclass(frozen=True)
+class ToolCall:
+    """One call of a tool by the assistant; `arguments` is the JSON text of an object."""
+
+    name: str
+    arguments: str
+    id: str = ""
+
+
+@dataclass(frozen=True)
 class Message:
-    """One turn of a conversation; role is `system`, `user` or `assistant`."""
+    """One turn of a conversation; role is `system`, `user`, `assistant` or `tool` (what a tool answered)."""
 
     role: str
     content: str
+    tool_calls: tuple[ToolCall, ...] = ()
+    reasoning: str = ""
+    """Assistant only: what was thought before the answer."""
+    name: str = ""
+    """Tool only: the tool that answered, where the row says."""
+    tool_call_id: str = ""
+    """Tool only: the call that is answered, where the row says."""
 
-    def as_dict(self) -> dict[str, str]:
-        """The shape that chat templates read."""
-        return {"role": self.role, "content": self.content}
+    def as_dict(self) -> dict[str, Any]:
+        """The shape that chat templates read; a plain turn has `role` and `content` alone."""
+        value: dict[str, Any] = {"role": self.role, "content": self.content}
+        if self.reasoning:
+            value["reasoning_content"] = self.reasoning
+        if self.tool_calls:
+            value["tool_calls"] = [_call_as_dict(call) for call in self.tool_calls]
+        extra = {"name": self.name, "tool_call_id": self.tool_call_id}
+        return value | {key: text for key, text in extra.items() if text}
+
+
+def _call_as_dict(call: ToolCall) -> dict[str, Any]:
+    function = {"name": call.name, "arguments": json.loads(call.arguments)}
+    return {"type": "function", "function": function} | ({"id": call.id} if call.id else {})
 
 
 @dataclass(frozen=True)
@@ -43,17 +71,42 @@ class Demonstration:
     """A conversation whose assistant turns are to be learnt."""
 
     messages: tuple[Message, ...]
+    tools: tuple[str, ...] = ()
+    """JSON text of each tool that the assistant may call, as chat templates read it."""
 
 
 @dataclass(frozen=True)
 class PreferencePair:
-    """Two answers to one prompt; p is the probability that chosen is the better one."""
+    """Two answers to one prompt; p is the probability that chosen is the better one, at least 0.5."""
 
     prompt: tuple[Message, ...]
     chosen: Message
     rejected: Message
     p: float = 1.0
     margin: float = 0.0
+    tie: bool = False
+    """The verdict is a tie: of one judge, or of most annotators. `data.ties` says what becomes of it."""
+    tools: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """Several answers to one prompt with their ranks: smaller is better, equal is a tie."""
+
+    prompt: tuple[Message, ...]
+    completions: tuple[Message, ...]
+    ranks: tuple[float, ...]
+    tools: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Unpaired:
+    """One answer to a prompt, with a verdict on it alone (KTO)."""
+
+    prompt: tuple[Message, ...]
+    completion: Message
+    desirable: bool
+    tools: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -62,16 +115,20 @@ class PromptRow:
 
     messages: tuple[Message, ...]
     row: Mapping[str, Any] = field(default_factory=dict)
+    tools: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class BadRow:
-    """A row that was left out, and why."""
+    """A row, or one of the records that it makes, that was left out, and why."""
 
     origin: Origin
     reason: str
     detail: str
     row: Any
+
+
+Record = TextDocument | Demonstration | PreferencePair | Ranking | Unpaired | PromptRow
 
 
 class RowRefused(UserError):

@@ -14,16 +14,20 @@ from transformers import (
     TrainerCallback,
 )
 from trl import SFTConfig, SFTTrainer
+from trl.trainer import utils as trl_utils
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from align.config.errors import UserError
 from align.config.schema import PretrainStage, SFTStage
+from align.data.fit import NOT_TRAINED
 from align.models.layout import FLOOR, ROUNDING_SHARE, plain_model
 
 FIGURES = ("loss", "entropy", "mean_token_accuracy")
 """Of an evaluation, under TRL's names."""
 EVALUATION_FORWARD = 4
 """Evaluation keeps no gradients, so it takes this many micro-batches at once; its rows are never packed."""
+FUSED_OUTPUTS = hasattr(trl_utils, "add_fused_lm_head")
+"""TRL 1.16 gives figures of every token without keeping logits; 1.14, the newest for Python 3.10, only their sums."""
 ROWS_SEARCHED = 256
 """Packed rows among which the one for the proof is chosen."""
 
@@ -99,12 +103,30 @@ def row_sums(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
 
     batch: of TRL's collator; a flat one (without padding) says by `seq_idx` which row a token belongs to.
     """
-    out = model(**batch, fused_lm_head=True)
-    token = torch.stack([-out.log_probs, out.entropy, out.is_top1, out.label_mask], dim=-1).float()
+    token = torch.stack(token_figures(model, batch), dim=-1).float()
     if "seq_idx" not in batch:
         return token.sum(1)
     row = batch["seq_idx"][0].long()
     return token.new_zeros(int(row[-1]) + 1, token.shape[-1]).index_add_(0, row[1:], token[0])
+
+
+def token_figures(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Negative log-likelihood, entropy, hit, label mask of every next token: (rows, length - 1) each, 0 if masked."""
+    if FUSED_OUTPUTS:
+        out = model(**batch, fused_lm_head=True)
+        return -out.log_probs, out.entropy, out.is_top1, out.label_mask
+    logits = model(**{name: value for name, value in batch.items() if name != "labels"}).logits[:, :-1]
+    labels = batch["labels"][:, 1:]
+    mask = labels != NOT_TRAINED
+    columns = [torch.zeros(labels.shape, device=logits.device) for _ in FIGURES]
+    # The vocabulary is wide: its probabilities are made for one row at a time, of the tokens that count.
+    for row, trained in enumerate(mask):
+        logps = logits[row, trained].float().log_softmax(-1)
+        targets = labels[row, trained]
+        columns[0][row, trained] = -logps.gather(-1, targets[:, None]).squeeze(-1)
+        columns[1][row, trained] = -(logps.exp() * logps).sum(-1)
+        columns[2][row, trained] = (logps.argmax(-1) == targets).float()
+    return *columns, mask
 
 
 def token_means(prediction: EvalPrediction) -> dict[str, float]:
@@ -171,8 +193,9 @@ def packing_problem(
 
 def _token_logps(model: nn.Module, batch: dict[str, Tensor], device: torch.device) -> Tensor:
     """Log-probability of every trained token, row after row."""
-    out = model(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}, fused_lm_head=True)
-    return out.log_probs[out.label_mask].float().cpu()
+    on_device = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+    losses, _, _, mask = token_figures(model, on_device)
+    return -losses[mask].float().cpu()
 
 
 def _fullest(rows: Dataset) -> dict[str, list[int]] | None:

@@ -11,6 +11,7 @@ from transformers import TrainingArguments
 
 from align.config.schema import Layout
 from align.losses.pairwise import PairObjective
+from align.trainers.arguments import CHECKPOINTING
 from align.trainers.pairs import PairTrainer
 from align.trainers.reference import add_reference_logps, reference_engine, reference_logps
 from tests import oracles
@@ -185,7 +186,7 @@ def test_training_does_not_see_dropout(tmp_path):
 
 def test_activation_checkpointing_changes_nothing(tmp_path):
     plain = curve(trainer(tiny("llama"), pairs(8), tmp_path, max_steps=3))
-    again = curve(trainer(tiny("llama"), pairs(8), tmp_path, max_steps=3, activation_checkpointing=True))
+    again = curve(trainer(tiny("llama"), pairs(8), tmp_path, max_steps=3, **{CHECKPOINTING: True}))
     assert again == pytest.approx(plain, rel=1e-6)
 
 
