@@ -18,6 +18,7 @@ from align.distributed import runtime
 from align.distributed.runtime import Runtime
 from align.models.load import check_model, context_length
 from align.stages.context import RunContext, flat, plain, stage_record
+from align.stages.rows import prepare_ahead, starting_model
 from align.stages.session import input_digests
 from align.stages.table import RUN
 from align.tracking.progress import say
@@ -27,7 +28,7 @@ from align.trainers.quiet import quiet_libraries
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 # safetensors and torch report a full disk in their own words.
-DISK_FULL_WORDS = ("No space left on device", "PytorchStreamWriter failed", "unexpected pos")
+DISK_FULL_WORDS = ("No space left on device", "PytorchStreamWriter failed", "unexpected pos", "iostream error")
 NOT_ALLOWED = (errno.EACCES, errno.EPERM, errno.EROFS)
 IN_THE_WAY = (errno.EEXIST, errno.ENOTDIR, errno.EISDIR)
 
@@ -43,6 +44,7 @@ def run_chain(config: RunConfig) -> list[Manifest]:
         check_chain(config, run_dir)
         run_dir.mkdir(parents=True, exist_ok=True)
         _check_writable(run_dir)
+        prepare_ahead(config, run_dir)
         this = runtime.start(
             deepspeed=config.deepspeed.mode is not ZeroChoice.none
             and (config.deepspeed.mode is ZeroChoice.zero or runtime.launched_world_size() > 1),
@@ -86,14 +88,11 @@ def check_chain(config: RunConfig, run_dir: Path) -> None:
 
 def _check_context_length(config: RunConfig, name: str, stage: StageConfig) -> None:
     """Refuse rows longer than the positions of the model that the chain starts from."""
-    start = stage
-    for earlier in reversed(config.run[: config.run.index(name)]):
-        if start.policy == f"{config.run_dir}/{earlier}/policy":
-            start = getattr(config.stages, earlier)
-    longest = context_length(start.policy)
+    start = starting_model(config, name)
+    longest = context_length(start)
     if longest is not None and stage.max_tokens > longest:
         raise UserError(
-            f"stages.{name}.max_tokens={stage.max_tokens}, but {start.policy} has {longest} positions; "
+            f"stages.{name}.max_tokens={stage.max_tokens}, but {start} has {longest} positions; "
             f"use stages.{name}.max_tokens={longest}"
         )
 

@@ -47,6 +47,18 @@ def run(config: RunConfig) -> None:
         from align.verbs.recipes import show_recipe
 
         print(show_recipe(config), end="")
+    elif config.do is Verb.check:
+        from align.verbs.check import run_check
+
+        run_check(config)
+    elif config.do is Verb.preview:
+        from align.verbs.preview import run_preview
+
+        run_preview(config)
+    elif config.do is Verb.convert:
+        from align.verbs.convert import run_convert
+
+        run_convert(config)
     else:
         assert config.do is Verb.train
         from align.chain import run_chain

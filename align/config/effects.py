@@ -15,6 +15,7 @@ from align.config.schema import (
     PeftMethod,
     RunConfig,
     StageConfig,
+    Verb,
     ZeroChoice,
 )
 
@@ -59,7 +60,9 @@ def _words(typed: Typed) -> dict[str, str]:
 
 
 def _slots_read(typed: Typed) -> set[str]:
-    """The slots that the stages read, and those that these read in turn."""
+    """The slots that the stages read, and those that these read in turn. Without stages, as to convert, all."""
+    if not typed.config.run:
+        return set(SLOTS.values())
     read: set[str] = set()
     waiting = [SLOTS[name] for name in typed.config.run if name in SLOTS]
     while waiting:
@@ -72,6 +75,10 @@ def _slots_read(typed: Typed) -> set[str]:
 
 def _unread_slot(typed: Typed) -> bool:
     return typed.path.split(".")[1] not in _slots_read(typed)
+
+
+def _not_doing(*verbs: Verb) -> Callable[[Typed], bool]:
+    return lambda typed: typed.config.do not in verbs
 
 
 def _no_trained_stage(typed: Typed) -> bool:
@@ -129,6 +136,12 @@ RULES: tuple[Rule, ...] = (
         "data.max_bad_fraction",
         lambda t: t.config.data.on_bad_rows is OnBadRows.drop,
         "data.on_bad_rows=drop never stops",
+    ),
+    ("out", _not_doing(Verb.convert), "only do=convert writes it"),
+    ("data.rankings", _not_doing(Verb.convert), "only do=convert asks; training on pairs takes all pairs of a ranking"),
+    *(
+        (pattern, _not_doing(Verb.check), "only do=check reads it; add do=check")
+        for pattern in ("data.near_duplicate_threshold", "data.evaluation_sets", "data.evaluation_sets.*")
     ),
     ("model.revision", _no_model_from_hub, "only a hub id has revisions, and no model of this run is one"),
     ("model.trust_remote_code", _only_embedded_models, "the embedded models come without code"),

@@ -10,6 +10,9 @@ GROUPS = ("stage", "model", "data", "peft", "deepspeed", "log")
 
 VERBS = {
     Verb.train: "run the stages of a recipe (the default)",
+    Verb.check: "the data doctor: what is in the rows, what is wrong with them, what the limits cost; trains nothing",
+    Verb.preview: "show rendered rows with what is learnt marked; trains nothing",
+    Verb.convert: "write the rows of one slot as canonical JSONL to out=FILE",
     Verb.recipes: "list the recipes; with +recipe=NAME show what that one would run",
 }
 

@@ -20,6 +20,7 @@ BELOW_HALF: Limit = (lambda value: 0 <= value < 0.5, "from 0 up to, not includin
 LIMITS: dict[str, Limit] = {
     "data.max_bad_fraction": FRACTION,
     "data.held_out_fraction": BELOW_ONE,
+    "data.near_duplicate_threshold": (lambda value: 0 < value <= 1, "above 0 and up to 1"),
     "peft.r": AT_LEAST_ONE,
     "peft.alpha": AT_LEAST_ONE,
     "peft.dropout": BELOW_ONE,

@@ -12,6 +12,9 @@ class Verb(Enum):
     """What `do=` may be."""
 
     train = "train"
+    check = "check"
+    preview = "preview"
+    convert = "convert"
     recipes = "recipes"
 
 
@@ -20,6 +23,27 @@ class OnBadRows(Enum):
 
     error = "error"
     drop = "drop"
+
+
+class Ties(Enum):
+    """What becomes of a comparison whose verdict is a tie."""
+
+    keep = "keep"
+    drop = "drop"
+
+
+class Rankings(Enum):
+    """How `do=convert` writes rankings of several answers."""
+
+    keep = "keep"
+    pairs = "pairs"
+
+
+class Order(Enum):
+    """How the rows of an epoch follow each other."""
+
+    stratified = "stratified"
+    shuffled = "shuffled"
 
 
 class Precision(Enum):
@@ -103,7 +127,7 @@ class ModelConfig:
 @dataclass
 class DataConfig:
     """Where rows come from: one slot a kind. A slot is a path, a glob, a hub id, `tiny:<kind>`, or a list of sources
-    `{path, format, split, take}`; a stage takes the slot of its kind."""
+    `{path, format, split, take, weight, columns}`; a stage takes the slot of its kind."""
 
     text: Any = None
     """Continued pretraining: plain documents."""
@@ -117,6 +141,14 @@ class DataConfig:
     """Row format of sources that do not name their own; `auto` finds it and says which."""
     split: str = "train"
     """Split taken from hub data sets."""
+    ties: Ties = Ties.keep
+    """Comparisons whose verdict is a tie: `keep` them as p=0.5 (votes keep their share), or `drop` and count them."""
+    rankings: Rankings = Rankings.keep
+    """What `do=convert` writes of rankings: `keep` them whole, or `pairs`. Training on pairs always takes all pairs."""
+    evaluation_sets: Any = None
+    """Sources like those of a slot, whose prompts should not be trained on: overlap with them is counted."""
+    near_duplicate_threshold: float = 0.8
+    """`do=check`: estimated Jaccard similarity of word shingles from which two rows count as near duplicates."""
     on_bad_rows: OnBadRows = OnBadRows.error
     """`error` stops when more than max_bad_fraction of the rows are bad, `drop` never; both list them in a file."""
     max_bad_fraction: float = 0.01
@@ -244,6 +276,8 @@ class DPOStage(StageConfig):
     """Weight of an added negative log-likelihood of the chosen answer, a mean over its tokens. 0 turns it off."""
     layout: Layout = Layout.auto
     """auto | forest | sequences | padded"""
+    order: Order = Order.shuffled
+    """shuffled | stratified: micro-batches of nearly equal tokens, so that ranks do not wait and memory peaks less."""
 
 
 @dataclass
@@ -286,6 +320,8 @@ class RunConfig:
     """The verb."""
     run_dir: str = "runs/${name}"
     """Everything the run writes. The same command again resumes or skips; a changed config is refused."""
+    out: Optional[str] = None
+    """`do=convert`: the JSONL file to write (.gz compresses). Never overwritten."""
     cache_dir: str = "${oc.env:ALIGN_CACHE,'~/.cache/align'}"
     """Tokenised rows and reference log-probabilities, shared by runs."""
     precision: Precision = Precision.auto

@@ -5,21 +5,26 @@ import json
 import os
 import shutil
 import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import datasets
-import pyarrow as pa
 import transformers
+from filelock import FileLock
 
 from align.config.errors import UserError
 from align.data.report import RowReport
 
-CODE_VERSION = 1
+CODE_VERSION = 3
 """Raise when the same inputs give other tokens, columns or reports."""
 
 TABLES = ("train", "held_out")
 REPORT = "report.json"
+BAD_ROWS = "bad_rows.jsonl"
+HEAD_START_SECONDS = 30.0
 
 
 def cache_key(**parts: Any) -> str:
@@ -33,29 +38,44 @@ def is_cached(cache_dir: Path, key: str) -> bool:
     return (_folder(cache_dir, key) / REPORT).is_file()
 
 
-def save(cache_dir: Path, key: str, tables: dict[str, pa.Table], report: RowReport) -> None:
-    """Write tables and report beside, then rename. If another process was faster, its rows stay: they are the same.
+def fill(cache_dir: Path, key: str, write: Callable[[Path], RowReport]) -> None:
+    """Have `write` put tables and bad rows into a folder beside, then rename it; nothing if the rows are there.
 
-    Raises: UserError if the disk does not take them.
+    One process of a machine works, the others wait for it; no process group is needed.
+    Raises: UserError if the disk does not take the rows.
     """
     target = _folder(cache_dir, key)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        _write_folder(target, tables, report)
+        with _one_at_a_time(cache_dir, key):
+            if not is_cached(cache_dir, key):
+                _write_folder(target, write)
     except OSError as error:
-        if not is_cached(cache_dir, key):
-            reason = os.strerror(error.errno) if error.errno else error
-            raise UserError(
-                f"cache_dir={cache_dir}: the tokenised rows cannot be written there ({reason}); free some space, or "
-                "use another cache_dir"
-            ) from error
+        if is_cached(cache_dir, key):
+            return
+        reason = os.strerror(error.errno) if error.errno else error
+        raise UserError(
+            f"cache_dir={cache_dir}: the tokenised rows cannot be written there ({reason}); free some space, or "
+            "use another cache_dir"
+        ) from error
 
 
-def _write_folder(target: Path, tables: dict[str, pa.Table], report: RowReport) -> None:
+@contextmanager
+def _one_at_a_time(cache_dir: Path, key: str) -> Iterator[None]:
+    """The first local rank goes first, because it is the one that shows progress."""
+    lock = Path(cache_dir).expanduser() / "locks" / key
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    deadline = time.monotonic() + HEAD_START_SECONDS
+    while os.environ.get("LOCAL_RANK", "0") != "0" and not lock.exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    with FileLock(lock):
+        yield
+
+
+def _write_folder(target: Path, write: Callable[[Path], RowReport]) -> None:
     partial = Path(tempfile.mkdtemp(prefix=f"{target.name}.", dir=target.parent))
     try:
-        for name in TABLES:
-            _write_table(partial / f"{name}.arrow", tables[name])
+        report = write(partial)
         (partial / REPORT).write_text(json.dumps(report.as_json(), ensure_ascii=False), encoding="utf-8")
         os.replace(partial, target)
     finally:
@@ -65,14 +85,10 @@ def _write_folder(target: Path, tables: dict[str, pa.Table], report: RowReport) 
 def load(cache_dir: Path, key: str) -> tuple[dict[str, datasets.Dataset], RowReport]:
     """The tables, mapped from disk, and the report."""
     folder = _folder(cache_dir, key)
-    report = RowReport.from_json(json.loads((folder / REPORT).read_text(encoding="utf-8")))
-    return {name: datasets.Dataset.from_file(str(folder / f"{name}.arrow")) for name in TABLES}, report
+    content = json.loads((folder / REPORT).read_text(encoding="utf-8"))
+    tables = {name: datasets.Dataset.from_file(str(folder / f"{name}.arrow")) for name in TABLES}
+    return tables, RowReport.from_json(content, folder / BAD_ROWS)
 
 
 def _folder(cache_dir: Path, key: str) -> Path:
     return Path(cache_dir).expanduser() / "rows" / key
-
-
-def _write_table(path: Path, table: pa.Table) -> None:
-    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
-        writer.write_table(table)

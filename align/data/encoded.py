@@ -1,105 +1,167 @@
-"""Tokenised rows as they come in, what does not fit left out, then split into rows to train on and held-out rows."""
+"""Tokenised rows, written down as they come in, then split into rows to train on and held-out rows.
+
+Of each record only a few numbers stay in memory; the tokens go to disk at once and are read back batch by batch.
+"""
 
 import hashlib
+from array import array
+from collections import Counter
 from collections.abc import Sequence
-from typing import Any
+from pathlib import Path
 
 import datasets
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from align.data import fit, held_out
+from align.data.bad_rows import BadRows
 from align.data.cache import TABLES
-from align.data.kinds import TEXT, Columns, Kind
-from align.data.records import BadRow, Origin, RowRefused
+from align.data.kinds import TEXT, Columns, Encoded, Kind
+from align.data.records import BadRow, Origin, Record, RowRefused
 from align.data.report import RowReport
 from align.data.template import Template
+from align.data.walk import Walked
+
+ALL = "all.arrow"
+"""Every row, before the split; removed by it."""
 
 
 class EncodedRows:
-    """Tokenised rows as they come in, with what decides their split."""
+    """The rows of a slot on their way into `folder`, with what decides their split."""
 
-    def __init__(self, kind: Kind, template: Template, max_tokens: int):
-        self.kind, self.template, self.max_tokens = kind, template, max_tokens
-        self.tables: list[pa.Table] = []
-        self.positions: list[float] = []
-        self.pieces: list[int] = []
+    def __init__(self, kind: Kind, template: Template, max_tokens: int, folder: Path, bad_rows: BadRows):
+        self.kind, self.template, self.max_tokens, self.folder = kind, template, max_tokens, folder
+        self.bad_rows = bad_rows
+        self.positions, self.pieces, self.copies = array("d"), array("i"), array("i")
         self.tokens_lost = 0
+        self._sink = pa.OSFile(str(folder / ALL), "wb")
+        self._writer = pa.ipc.new_stream(self._sink, kind.schema)
 
-    def add(self, batch: Sequence[tuple[Origin, Any]], records: Sequence[Any]) -> list[BadRow]:
-        """Tokenise the sound records of one batch; returns the other rows, and those refused or too long, in order."""
-        encoded = iter(self.kind.encode(self.template, [one for one in records if not isinstance(one, BadRow)]))
-        bad_rows: list[BadRow] = []
+    def add(self, batch: Sequence[Walked], weight: float) -> list[tuple[Origin, Record]]:
+        """Tokenise the sound records of a batch; the others are written down as bad. Returns the records kept."""
+        records = [(row, record) for row in batch for record in row.records]
+        encoded = iter(self.kind.encode(self.template, [one for _, one in records if not isinstance(one, BadRow)]))
+        kept: list[tuple[Origin, Record]] = []
         columns: list[Columns] = []
-        for (origin, row), record in zip(batch, records, strict=True):
+        for row, record in records:
             if isinstance(record, BadRow):
-                bad_rows.append(record)
+                self.bad_rows.add(record)
                 continue
             try:
                 pieces = self._fitting(next(encoded))
             except RowRefused as error:
-                bad_rows.append(BadRow(origin, error.reason, error.detail, row))
+                self.bad_rows.add(BadRow(row.origin, error.reason, error.detail, row.row))
                 continue
             columns += pieces
+            kept.append((row.origin, record))
             self.pieces.append(len(pieces))
             self.positions.append(held_out.position(self.kind.first_turn(record)))
-        self.tables.append(pa.Table.from_pylist(columns, schema=self.kind.schema))
-        return bad_rows
+            self.copies.append(_copies(weight, row.origin, len(self.copies)))
+        self._writer.write_table(pa.Table.from_pylist(columns, schema=self.kind.schema))
+        return kept
 
-    def _fitting(self, result: Columns | RowRefused) -> list[Columns]:
-        """The row, or its pieces if it is text. Raises: RowRefused."""
+    def _fitting(self, result: Encoded) -> list[Columns]:
+        """The pieces of a row; text is cut here. Raises: RowRefused if one is too long."""
         if isinstance(result, RowRefused):
             raise result
         if self.kind is TEXT:
-            return fit.text_pieces(result["input_ids"], self.max_tokens)
-        tokens = self.kind.tokens(result)
-        if tokens > self.max_tokens:
-            self.tokens_lost += fit.trained_tokens(result)
-        fit.refuse_too_long(tokens, self.max_tokens)
-        return [result]
+            return fit.text_pieces(result[0]["input_ids"], self.max_tokens)
+        longest = max(map(self.kind.tokens, result))
+        if longest > self.max_tokens:
+            self.tokens_lost += sum(map(fit.trained_tokens, result))
+        fit.refuse_too_long(longest, self.max_tokens)
+        return result
 
-    def split(self, fraction: float, report: RowReport) -> dict[str, pa.Table]:
-        """Tables `train` and `held_out`; the report gets their counts, tokens and digest."""
-        rows_out = held_out.held_out_rows(self.positions, fraction)
-        chosen = [out for out, pieces in zip(rows_out, self.pieces, strict=True) for _ in range(pieces)]
-        if self.kind is TEXT and len(self.pieces) < held_out.TOO_FEW_ROWS:
-            rows_out = [False] * len(self.pieces)
-            chosen = held_out.held_out_tails(self.pieces, fraction)
-        table = pa.concat_tables([self.kind.schema.empty_table(), *self.tables])
-        mask = pa.array(chosen, pa.bool_())
-        tables = {"train": table.filter(pc.invert(mask)), "held_out": table.filter(mask)}
-        report.held_out = sum(rows_out)
-        report.kept = len(rows_out) - report.held_out
-        if self.kind is TEXT:
-            report.pieces, report.pieces_held_out = len(chosen), sum(chosen)
-        report.tokens = _count_tokens(tables["train"])
-        report.digest = _digest(tables)
-        return tables
+    def split(self, fraction: float, report: RowReport) -> None:
+        """Write `train.arrow` and `held_out.arrow`; the report gets their counts, tokens and digest."""
+        self._writer.close()
+        self._sink.close()
+        pieces, copies = np.array(self.pieces, dtype=np.int64), np.array(self.copies, dtype=np.int64)
+        rows_out = np.array(held_out.held_out_rows(self.positions, fraction), dtype=bool)
+        chosen = np.repeat(rows_out, pieces)
+        if self.kind is TEXT and len(pieces) < held_out.TOO_FEW_ROWS:
+            rows_out = np.zeros(len(pieces), dtype=bool)
+            chosen = np.array(held_out.held_out_tails(self.pieces, fraction), dtype=bool)
+        report.held_out = int(rows_out.sum())
+        report.sampled_out = int((copies[~rows_out] == 0).sum())
+        report.kept = len(rows_out) - report.held_out - report.sampled_out
+        report.copies = int(np.maximum(copies[~rows_out] - 1, 0).sum())
+        report.pieces, report.pieces_held_out = len(chosen), int(chosen.sum())
+        self._write_parts(chosen, np.where(chosen, 0, np.repeat(copies, pieces)), report)
+        (self.folder / ALL).unlink()
+
+    def _write_parts(self, chosen: np.ndarray, times: np.ndarray, report: RowReport) -> None:
+        """`chosen`: which rows are held out; `times`: how often each is trained on in an epoch."""
+        parts = {name: _Part(self.folder / f"{name}.arrow", self.kind.schema) for name in TABLES}
+        with pa.OSFile(str(self.folder / ALL)) as source, pa.ipc.open_stream(source) as reader:
+            start = 0
+            for batch in reader:
+                here = slice(start, start + batch.num_rows)
+                parts["train"].write(batch.take(np.repeat(np.arange(batch.num_rows), times[here])))
+                parts["held_out"].write(batch.filter(pa.array(chosen[here])))
+                start = here.stop
+        for part in parts.values():
+            part.close()
+        report.tokens = parts["train"].token_counts()
+        report.digest = hashlib.sha256("".join(parts[name].digest() for name in TABLES).encode()).hexdigest()
 
 
-def _count_tokens(table: pa.Table) -> dict[str, int]:
-    """Tokens by column; for masked rows all tokens and trained ones."""
-    if "labels" not in table.column_names:
-        names = ("prompt", "chosen", "rejected")
-        return {name: len(pc.list_flatten(table[f"{name}_ids"])) for name in names}
-    labels = pc.list_flatten(table["labels"])
-    trained = pc.sum(pc.not_equal(labels, fit.NOT_TRAINED)).as_py() or 0
-    return {"all": len(labels), "trained": trained}
+def _copies(weight: float, origin: Origin, index: int) -> int:
+    """How often a record of a source of this weight is trained on in an epoch; a fraction is decided by a hash."""
+    whole = int(weight)
+    if weight == whole:
+        return whole
+    return whole + (held_out.position(f"{origin} {index}") < weight - whole)
+
+
+class _Part:
+    """One table on its way to disk, counted and digested as it goes."""
+
+    def __init__(self, path: Path, schema: pa.Schema):
+        self.sink = pa.OSFile(str(path), "wb")
+        self.writer = pa.ipc.new_stream(self.sink, schema)
+        self.digests = {name: (hashlib.sha256(), hashlib.sha256()) for name in schema.names}
+        self.tokens: Counter[str] = Counter({name: 0 for name in schema.names if name.endswith("_ids")})
+        self.trained: int | None = 0 if "labels" in schema.names else None
+
+    def write(self, batch: pa.RecordBatch) -> None:
+        self.writer.write_batch(batch)
+        for name, (lengths, values) in self.digests.items():
+            column = batch.column(name)
+            if pa.types.is_list(column.type):
+                lengths.update(pc.list_value_length(column).to_numpy().astype("<i4").tobytes())
+                column = pc.list_flatten(column)
+            values.update(column.to_numpy(zero_copy_only=False).tobytes())
+            if name in self.tokens:
+                self.tokens[name] += len(column)
+            if name == "labels":
+                self.trained += pc.sum(pc.not_equal(column, fit.NOT_TRAINED)).as_py() or 0
+
+    def close(self) -> None:
+        self.writer.close()
+        self.sink.close()
+
+    def token_counts(self) -> dict[str, int]:
+        """Tokens by column; for masked rows all tokens and trained ones."""
+        if self.trained is not None:
+            return {"all": self.tokens["input_ids"], "trained": self.trained}
+        return {name.removesuffix("_ids"): count for name, count in self.tokens.items()}
+
+    def digest(self) -> str:
+        """Of the rows' content, whatever their batches."""
+        return "".join(one.hexdigest() for pair in self.digests.values() for one in pair)
 
 
 def largest_token(rows: datasets.Dataset) -> int:
     """The largest token id in any row; 0 without rows."""
     columns = [rows.data.column(name) for name in rows.column_names if name.endswith("_ids")]
-    return max(pc.max(pc.list_flatten(column)).as_py() or 0 for column in columns)
+    chunks = (chunk for column in columns for chunk in column.chunks)
+    return max((pc.max(pc.list_flatten(chunk)).as_py() or 0 for chunk in chunks), default=0)
 
 
-def _digest(tables: dict[str, pa.Table]) -> str:
-    """sha256 of the rows' content, whatever their chunks in memory."""
-    digest = hashlib.sha256()
-    for name in TABLES:
-        for column in tables[name].itercolumns():
-            if pa.types.is_list(column.type):
-                digest.update(pc.list_value_length(column).to_numpy().astype("<i4").tobytes())
-                column = pc.list_flatten(column)
-            digest.update(column.to_numpy().tobytes())
-    return digest.hexdigest()
+def token_lengths(rows: datasets.Dataset, column: str) -> np.ndarray:
+    """Tokens of each row in a column of token ids."""
+    return np.concatenate(
+        [np.empty(0, np.int64), *(pc.list_value_length(c).to_numpy() for c in rows.data.column(column).chunks)]
+    )

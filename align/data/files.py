@@ -39,11 +39,30 @@ def read_file(path: Path) -> Rows:
     rows = 0
     for origin, row in reader(path):
         rows += 1
+        if isinstance(row, str):
+            row = {"text": row}
         if not isinstance(row, dict):
             raise UserError(f"{origin}: a row must be an object with named fields, found {type(row).__name__}")
         yield origin, row
     if not rows:
         raise UserError(f"{path}: the file is empty: it holds no rows")
+
+
+def row_count(path: Path) -> int | None:
+    """Rows of a file where they can be counted without parsing: the lines of plain JSONL, Parquet's own count."""
+    kind = file_type(path)
+    if kind == ".parquet":
+        import pyarrow.parquet as parquet
+        from pyarrow import ArrowException
+
+        try:
+            return parquet.read_metadata(path).num_rows
+        except (ArrowException, OSError):
+            return None  # the reader says what is wrong with it
+    if kind not in (".jsonl", ".ndjson") or path.suffix.lower() in COMPRESSED:
+        return None
+    with open(path, "rb") as handle:
+        return sum(block.count(b"\n") for block in iter(lambda: handle.read(1 << 20), b""))
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
@@ -117,7 +136,8 @@ def _read_jsonl(path: Path) -> Rows:
             continue
         try:
             row = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
+        # A number of more than 4,300 digits is a ValueError of another kind.
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{path}:{number}: not JSON: {error}") from error
         yield Origin(str(path), number), row
 
@@ -131,6 +151,9 @@ def _read_json(path: Path) -> Rows:
     except json.JSONDecodeError as error:
         hint = "; one object a line is JSONL: rename it to .jsonl" if error.msg == "Extra data" else ""
         raise UserError(f"{path}:{error.lineno}: not JSON: {error.msg}{hint}") from error
+    # A number of more than 4,300 digits is a ValueError of another kind.
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not JSON: {error}") from error
     for index, row in enumerate(content if isinstance(content, list) else [content], start=1):
         yield Origin(str(path), index, has_lines=False), row
 

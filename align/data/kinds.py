@@ -7,9 +7,8 @@ from typing import Any
 import pyarrow as pa
 
 from align.data import fit, held_out
-from align.data.formats import Format, Record, to_demonstration, to_prompt
 from align.data.quality import check_demonstration, check_pair, check_text
-from align.data.records import BadRow, Demonstration, Origin, PreferencePair, PromptRow, RowRefused, TextDocument
+from align.data.records import Demonstration, PreferencePair, PromptRow, RowRefused, TextDocument
 from align.data.template import Template
 
 FIRST_CHARACTERS = 200
@@ -21,6 +20,8 @@ PAIRS = pa.schema(
 )
 
 Columns = dict[str, Any]
+Encoded = list[Columns] | RowRefused
+"""A record's tokens, in one piece or several, or why it cannot be used."""
 
 
 @dataclass(frozen=True)
@@ -31,45 +32,32 @@ class Kind:
     record: type
     check: Callable[[Any], None]
     first_turn: Callable[[Any], str]
-    encode: Callable[[Template, Sequence[Any]], list[Columns | RowRefused]]
+    encode: Callable[[Template, Sequence[Any]], list[Encoded]]
     tokens: Callable[[Columns], int]
     schema: pa.Schema
 
 
-def sound_record(
-    row_format: Format, wanted: type, check: Callable[[Any], None], origin: Origin, row: Any
-) -> Record | BadRow:
-    """The row as the record that the slot needs, checked, or why it cannot be one."""
-    try:
-        record: Record = row_format.read(row)
-        if wanted is Demonstration:
-            record = to_demonstration(record)
-        elif wanted is PromptRow:
-            record = to_prompt(record, row)
-        check(record)
-    except RowRefused as error:
-        return BadRow(origin, error.reason, error.detail, row)
-    return record
-
-
-def _encode_demonstrations(template: Template, rows: Sequence[Demonstration]) -> list[Columns | RowRefused]:
-    results = template.encode_demonstrations([row.messages for row in rows])
+def _encode_demonstrations(template: Template, rows: Sequence[Demonstration]) -> list[Encoded]:
     return [
-        result if isinstance(result, RowRefused) else {"input_ids": result[0], "labels": result[1]}
-        for result in results
+        result
+        if isinstance(result, RowRefused)
+        else [{"input_ids": input_ids, "labels": labels} for input_ids, labels in result]
+        for result in template.encode_demonstrations(rows)
     ]
 
 
-def _encode_pairs(template: Template, rows: Sequence[PreferencePair]) -> list[Columns | RowRefused]:
-    results = template.encode_pairs([(row.prompt, row.chosen, row.rejected) for row in rows])
+def _encode_pairs(template: Template, rows: Sequence[PreferencePair]) -> list[Encoded]:
+    results = template.encode_pairs(rows)
     return [
-        result if isinstance(result, RowRefused) else dict(zip(PAIRS.names, (*result, row.p, row.margin), strict=True))
+        result
+        if isinstance(result, RowRefused)
+        else [dict(zip(PAIRS.names, (*result, row.p, row.margin), strict=True))]
         for row, result in zip(rows, results, strict=True)
     ]
 
 
-def _encode_texts(template: Template, rows: Sequence[TextDocument]) -> list[Columns | RowRefused]:
-    return [{"input_ids": ids} for ids in template.encode_texts([row.text for row in rows])]
+def _encode_texts(template: Template, rows: Sequence[TextDocument]) -> list[Encoded]:
+    return [[{"input_ids": ids}] for ids in template.encode_texts([row.text for row in rows])]
 
 
 DEMONSTRATIONS = Kind(

@@ -1,29 +1,30 @@
 """From a slot of the config to tokenised rows, ready to train on, with an account of every row."""
 
-from collections.abc import Iterator, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any
 
 import datasets
-import pyarrow as pa
 
 from align.config.errors import UserError
 from align.config.schema import DataConfig
-from align.data import cache, fit
+from align.data import cache
+from align.data.bad_rows import BadRows, enforce_policy
 from align.data.encoded import EncodedRows
-from align.data.files import Rows
-from align.data.formats import Format, find_format, named_format
-from align.data.kinds import DEMONSTRATIONS, PREFERENCES, RECORDS, TEXT, Kind, sound_record
-from align.data.quality import check_prompt, enforce_policy
-from align.data.records import BadRow, Origin, PromptRow
-from align.data.report import RowReport
-from align.data.sources import Source, parse_slot, read_rows, source_files, source_inputs
+from align.data.findings import Findings
+from align.data.formats import named_format
+from align.data.kinds import DEMONSTRATIONS, PREFERENCES, RECORDS, TEXT, Kind
+from align.data.quality import check_prompt
+from align.data.records import BadRow, PromptRow
+from align.data.report import CHOSEN_REASONS, RowReport
+from align.data.sources import Source, expected_rows, parse_slot, source_files, source_inputs
 from align.data.template import Template
+from align.data.walk import Walked, walk
 
-BATCH_ROWS = 1024
-SNIFFED_ROWS = 100
+Watch = Callable[[int, int | None], None]
+"""Told how many rows are done, and of how many, where that is known."""
 
 
 @dataclass
@@ -47,19 +48,25 @@ class PreparedPrompts:
     inputs: list[dict[str, str]]
 
 
-def prepare_demonstrations(data: DataConfig, template: Template, max_tokens: int, cache_dir: Path | None) -> Prepared:
+def prepare_demonstrations(
+    data: DataConfig, template: Template, max_tokens: int, cache_dir: Path | None, watch: Watch | None = None
+) -> Prepared:
     """`data.demonstrations` as `input_ids` and `labels` (-100: not trained); of a pair, the chosen answer."""
-    return _prepare(DEMONSTRATIONS, data, template, max_tokens, cache_dir)
+    return _prepare(DEMONSTRATIONS, data, template, max_tokens, cache_dir, watch)
 
 
-def prepare_preferences(data: DataConfig, template: Template, max_tokens: int, cache_dir: Path | None) -> Prepared:
+def prepare_preferences(
+    data: DataConfig, template: Template, max_tokens: int, cache_dir: Path | None, watch: Watch | None = None
+) -> Prepared:
     """`data.preferences` as `prompt_ids`, `chosen_ids`, `rejected_ids`, `p`, `margin`."""
-    return _prepare(PREFERENCES, data, template, max_tokens, cache_dir)
+    return _prepare(PREFERENCES, data, template, max_tokens, cache_dir, watch)
 
 
-def prepare_text(data: DataConfig, template: Template, max_tokens: int, cache_dir: Path | None) -> Prepared:
+def prepare_text(
+    data: DataConfig, template: Template, max_tokens: int, cache_dir: Path | None, watch: Watch | None = None
+) -> Prepared:
     """`data.text` as `input_ids` and equal `labels`; a longer document becomes consecutive pieces, nothing is lost."""
-    return _prepare(TEXT, data, template, max_tokens, cache_dir)
+    return _prepare(TEXT, data, template, max_tokens, cache_dir, watch)
 
 
 def prepare_prompts(data: DataConfig, max_prompts: int | None = None) -> PreparedPrompts:
@@ -67,22 +74,28 @@ def prepare_prompts(data: DataConfig, max_prompts: int | None = None) -> Prepare
 
     Raises: UserError for bad rows by the policy of `data`, or if no prompt is left.
     """
-    sources = _sources(data, "prompts")
-    report, rows = RowReport("prompts"), []
-    for source in sources:
-        row_format, found = _with_format(source, PromptRow)
-        report.formats[source.path] = row_format.name
-        for origin, row in found:
-            if max_prompts is not None and len(rows) == max_prompts:
-                break
-            report.read += 1
-            record = sound_record(row_format, PromptRow, check_prompt, origin, row)
-            (report.bad_rows if isinstance(record, BadRow) else rows).append(record)
-    enforce_policy(report.bad_rows, report.read, data)
+    found = slot_sources(data, "prompts")
+    report = RowReport("prompts", BadRows(_scratch() / cache.BAD_ROWS))
+    rows = list(islice(_prompt_records(found, data, report), max_prompts))
+    enforce_policy(report.bad_rows, report.made, data, allowed=CHOSEN_REASONS)
     report.kept = len(rows)
     if not rows:
         raise UserError(f"data.prompts: none of {report.read} rows is a prompt that can be used")
-    return PreparedPrompts(rows, report.read, report, _inputs(sources, "prompts"))
+    return PreparedPrompts(rows, report.read, report, _inputs(found, "prompts"))
+
+
+def _prompt_records(sources: Sequence[Source], data: DataConfig, report: RowReport) -> Iterator[PromptRow]:
+    for source in sources:
+        row_format, batches = walk(source, PromptRow, check_prompt, data)
+        report.formats[source.path] = row_format.name
+        for row in chain.from_iterable(batches):
+            report.read += 1
+            for record in row.records:
+                report.made += 1
+                if isinstance(record, BadRow):
+                    report.bad_rows.add(record)
+                else:
+                    yield record
 
 
 def check_slot(data: DataConfig, slot: str) -> None:
@@ -90,7 +103,7 @@ def check_slot(data: DataConfig, slot: str) -> None:
 
     Raises: UserError.
     """
-    for source in _sources(data, slot):
+    for source in slot_sources(data, slot):
         source_files(source)
         if source.format != "auto":
             named_format(source.format, RECORDS[slot], source.where)
@@ -98,15 +111,17 @@ def check_slot(data: DataConfig, slot: str) -> None:
 
 def slot_digests(data: DataConfig, slot: str) -> list[dict[str, str]]:
     """{name, path, digest} of a slot's files and embedded sets as they are now, without the hub's."""
-    return _inputs(_sources(data, slot), slot, with_hub=False)
+    return _inputs(slot_sources(data, slot), slot, with_hub=False)
 
 
-def _sources(data: DataConfig, slot: str) -> list[Source]:
+def slot_sources(data: DataConfig, slot: str) -> list[Source]:
+    """The sources of `data.<slot>`. Raises: UserError."""
     slots = {
         "text": data.text,
         "demonstrations": data.demonstrations,
         "preferences": data.preferences,
         "prompts": data.prompts,
+        "evaluation_sets": data.evaluation_sets,
     }
     return parse_slot(slots[slot], slot, format=data.format, split=data.split)
 
@@ -116,68 +131,85 @@ def _inputs(sources: Sequence[Source], slot: str, *, with_hub: bool = True) -> l
     return [{"name": f"data.{slot}", "path": entry.path, "digest": entry.digest} for entry in found]
 
 
-def _prepare(kind: Kind, data: DataConfig, template: Template, max_tokens: int, cache_dir: Path | None) -> Prepared:
-    """Rows from the cache if they are there; else read, checked, tokenised, fitted, split, and put there."""
-    sources = _sources(data, kind.slot)
+def _prepare(
+    kind: Kind,
+    data: DataConfig,
+    template: Template,
+    max_tokens: int,
+    cache_dir: Path | None,
+    watch: Watch | None,
+) -> Prepared:
+    """Rows from the cache if they are there; else read, checked, tokenised, fitted, split, and put there.
+
+    Whether too many rows are bad is asked afterwards, so that another policy needs no second reading.
+    """
+    sources = slot_sources(data, kind.slot)
     if kind is not TEXT:
         template.chat  # noqa: B018  proven before the first row is read
     inputs = _inputs(sources, kind.slot)
     key = cache.cache_key(
         slot=kind.slot,
-        sources=[(source.path, source.format, source.split, source.take) for source in sources],
+        sources=[source.key for source in sources],
         inputs=inputs,
         template=template.digest,
         max_tokens=max_tokens,
         held_out_fraction=data.held_out_fraction,
-        policy=[data.on_bad_rows.value, data.max_bad_fraction],
+        ties=data.ties.value,
     )
-    if cache_dir is None or not cache.is_cached(cache_dir, key):
-        tables, report = _tokenise(kind, sources, data, template, max_tokens)
-        if cache_dir is None:
-            return Prepared(_dataset(tables["train"]), _dataset(tables["held_out"]), report, inputs)
-        cache.save(cache_dir, key, tables, report)
-    rows, report = cache.load(cache_dir, key)
+    place = _scratch() if cache_dir is None else cache_dir
+    cache.fill(place, key, lambda folder: _tokenise(kind, sources, data, template, max_tokens, folder, watch))
+    rows, report = cache.load(place, key)
+    enforce_policy(report.bad_rows, report.made, data, allowed=CHOSEN_REASONS)
     return Prepared(rows["train"], rows["held_out"], report, inputs)
 
 
-def _dataset(table: pa.Table) -> datasets.Dataset:
-    return datasets.Dataset(datasets.table.InMemoryTable(table))
-
-
 def _tokenise(
-    kind: Kind, sources: Sequence[Source], data: DataConfig, template: Template, max_tokens: int
-) -> tuple[dict[str, pa.Table], RowReport]:
+    kind: Kind,
+    sources: Sequence[Source],
+    data: DataConfig,
+    template: Template,
+    max_tokens: int,
+    folder: Path,
+    watch: Watch | None,
+) -> RowReport:
     """Every row of the sources as columns in `train` or `held_out`, or in the report with a reason."""
-    report = RowReport(kind.slot, max_tokens=max_tokens)
+    report = RowReport(kind.slot, BadRows(folder / cache.BAD_ROWS), max_tokens=max_tokens)
     borders_cut = template.borders_cut
-    bad_rows: list[BadRow] = []
-    encoded = EncodedRows(kind, template, max_tokens)
+    encoded = EncodedRows(kind, template, max_tokens, folder, report.bad_rows)
+    findings = Findings()
+    total = _total(sources) if watch else None
     for source in sources:
-        row_format, rows = _with_format(source, kind.record)
+        row_format, batches = walk(source, kind.record, kind.check, data)
         report.formats[source.path] = row_format.name
-        for batch in _batches(rows):
+        for batch in batches:
             report.read += len(batch)
-            records = [sound_record(row_format, kind.record, kind.check, *row) for row in batch]
-            bad_rows += encoded.add(batch, records)
+            report.made += _made(batch)
+            kept = encoded.add(batch, source.weight)
+            findings.add([origin for origin, _ in kept], [record for _, record in kept])
+            if watch:
+                watch(report.read, total)
     report.borders_cut = template.borders_cut - borders_cut
     report.tokens_lost = encoded.tokens_lost
-    report.bad_rows = bad_rows
-    enforce_policy([bad for bad in bad_rows if bad.reason != fit.TOO_LONG], report.read, data)
-    return encoded.split(data.held_out_fraction, report), report
+    report.findings = [vars(finding) for finding in findings.results()]
+    encoded.split(data.held_out_fraction, report)
+    report.bad_rows.close()
+    return report
 
 
-def _batches(rows: Rows) -> Iterator[list[tuple[Origin, Any]]]:
-    while batch := list(islice(rows, BATCH_ROWS)):
-        yield batch
+def _made(batch: Sequence[Walked]) -> int:
+    return sum(len(row.records) for row in batch)
 
 
-def _with_format(source: Source, wanted: type) -> tuple[Format, Rows]:
-    """The format of a source, named or found in its first rows, and all its rows."""
-    rows = read_rows(source)
-    if source.format != "auto":
-        return named_format(source.format, wanted, source.where), rows
-    first = list(islice(rows, SNIFFED_ROWS))
-    if not first:
-        raise UserError(f"{source.where}={source.path}: it holds no rows")
-    where = f"{source.where}={source.path}"
-    return find_format([row for _, row in first], wanted, where), chain(first, rows)
+def _total(sources: Sequence[Source]) -> int | None:
+    """Rows of all sources, or None where one does not say."""
+    counts = [expected_rows(source) for source in sources]
+    return None if None in counts else sum(counts)
+
+
+_KEPT_UNTIL_EXIT: list[tempfile.TemporaryDirectory] = []
+
+
+def _scratch() -> Path:
+    """A new folder for what no cache keeps; it goes when the process does."""
+    _KEPT_UNTIL_EXIT.append(tempfile.TemporaryDirectory(prefix="align-"))
+    return Path(_KEPT_UNTIL_EXIT[-1].name)

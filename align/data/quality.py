@@ -1,21 +1,24 @@
 """Which rows may be learnt from: every check has a name, and nothing is repaired."""
 
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
-from align.config.errors import UserError
-from align.config.schema import DataConfig, OnBadRows
-from align.data.records import BadRow, Demonstration, Message, PreferencePair, PromptRow, RowRefused, TextDocument
+from align.data.records import (
+    Demonstration,
+    Message,
+    PreferencePair,
+    PromptRow,
+    Ranking,
+    Record,
+    RowRefused,
+    TextDocument,
+    Unpaired,
+)
 
-SHOWN_ROWS = 3
 
-
-class TooManyBadRows(UserError):
-    """More rows are bad than the policy allows; `bad_rows` are all of them."""
-
-    def __init__(self, message: str, bad_rows: Sequence[BadRow]):
-        super().__init__(message)
-        self.bad_rows = bad_rows
+def check_record(record: Record) -> None:
+    """The check of this record's type. Raises RowRefused."""
+    CHECKS[type(record)](record)
 
 
 def check_text(document: TextDocument) -> None:
@@ -25,63 +28,109 @@ def check_text(document: TextDocument) -> None:
 
 
 def check_demonstration(demonstration: Demonstration) -> None:
-    """Raises RowRefused unless turns alternate from the user to a last, non-empty assistant turn."""
+    """Raises RowRefused unless sound turns lead to a last assistant turn that says something or calls a tool."""
     messages = demonstration.messages
     if not messages or messages[-1].role != "assistant":
         raise RowRefused("roles_do_not_alternate", "the last turn is not the assistant's")
-    check_prompt(PromptRow(messages[:-1]))
+    _check_turns(messages[:-1])
     _check_completion("the answer", messages[-1])
 
 
 def check_pair(pair: PreferencePair) -> None:
-    """Raises RowRefused unless both answers are text, differ, and belong to a sound prompt."""
+    """Raises RowRefused unless both answers say something, differ, and belong to a sound prompt."""
     _check_completion("'chosen'", pair.chosen)
     _check_completion("'rejected'", pair.rejected)
-    check_prompt(PromptRow(pair.prompt))
-    if pair.chosen.content.strip() == pair.rejected.content.strip():
+    _check_turns(pair.prompt)
+    if _same(pair.chosen, pair.rejected):
         raise RowRefused("chosen_equals_rejected", "'chosen' and 'rejected' are the same text")
 
 
+def check_ranking(ranking: Ranking) -> None:
+    """Raises RowRefused unless two or more answers, all different, belong to a sound prompt."""
+    assert len(ranking.completions) == len(ranking.ranks)
+    if len(ranking.completions) < 2:
+        raise RowRefused("too_few_answers", "a ranking needs two answers or more")
+    for number, completion in enumerate(ranking.completions, start=1):
+        _check_completion(f"answer {number}", completion)
+    _check_turns(ranking.prompt)
+    seen: dict[Any, int] = {}
+    for number, completion in enumerate(ranking.completions, start=1):
+        first = seen.setdefault(_said(completion), number)
+        if first != number:
+            raise RowRefused("answers_equal", f"answers {first} and {number} are the same text")
+
+
+def check_unpaired(unpaired: Unpaired) -> None:
+    """Raises RowRefused unless the answer says something and belongs to a sound prompt."""
+    _check_completion("'completion'", unpaired.completion)
+    _check_turns(unpaired.prompt)
+
+
 def check_prompt(prompt: PromptRow) -> None:
-    """Raises RowRefused unless turns alternate, after an optional system turn, from the user to the user."""
-    messages = prompt.messages[1:] if prompt.messages and prompt.messages[0].role == "system" else prompt.messages
+    """Raises RowRefused unless the turns are in order and the last is the user's, or a tool's."""
+    _check_turns(prompt.messages)
+
+
+CHECKS: dict[type, Callable[[Any], None]] = {
+    TextDocument: check_text,
+    Demonstration: check_demonstration,
+    PreferencePair: check_pair,
+    Ranking: check_ranking,
+    Unpaired: check_unpaired,
+    PromptRow: check_prompt,
+}
+
+FOLLOWS = {
+    "start": ("user",),
+    "user": ("assistant",),
+    "assistant": ("user",),
+    "call": ("tool",),
+    "tool": ("tool", "assistant"),
+}
+"""What was before (`call`: an assistant turn that calls tools) -> the roles that may follow."""
+
+
+def _check_turns(prompt: Sequence[Message]) -> None:
+    """Raises RowRefused unless the turns before an answer are in order, none is empty, and an answer may follow.
+
+    After an optional system turn, user and assistant alternate; between an assistant's call and its next turn come
+    one or more turns of tools.
+    """
+    messages = prompt[1:] if prompt and prompt[0].role == "system" else prompt
     if not messages:
         raise RowRefused("empty_prompt", "there is no turn to answer")
+    before = "start"
     for turn, message in enumerate(messages, start=1):
-        expected = "user" if turn % 2 else "assistant"
-        if message.role != expected:
-            raise RowRefused("roles_do_not_alternate", f"turn {turn} is the {message.role}'s, not the {expected}'s")
-    if len(messages) % 2 == 0:
-        raise RowRefused("roles_do_not_alternate", "the last turn before the answer is not the user's")
-    for turn, message in enumerate(messages, start=1):
-        if not message.content.strip():
+        role = message.role
+        if role not in FOLLOWS[before]:
+            raise RowRefused("roles_do_not_alternate", _out_of_order(turn, role, before))
+        # What a tool answers may be empty, and so may the text beside a call.
+        if role != "tool" and not message.tool_calls and (not message.content or message.content.isspace()):
             raise RowRefused("empty_prompt", f"turn {turn} is empty")
+        before = "call" if message.tool_calls else role
+    if before == "call":
+        raise RowRefused("roles_do_not_alternate", "the call of a tool before the answer is not answered")
+    if before == "assistant":
+        raise RowRefused("roles_do_not_alternate", "the last turn before the answer is not the user's")
+
+
+def _out_of_order(turn: int, role: str, before: str) -> str:
+    expected = " or ".join(f"the {allowed}'s" for allowed in FOLLOWS[before])
+    after = ", after a call of a tool" if before == "call" else ""
+    return f"turn {turn} is the {role}'s, not {expected}{after}"
 
 
 def _check_completion(name: str, message: Message) -> None:
     if message.role != "assistant":
         raise RowRefused("roles_do_not_alternate", f"{name} is the {message.role}'s turn, not the assistant's")
-    if not message.content.strip():
+    if not message.tool_calls and (not message.content or message.content.isspace()):
         raise RowRefused("empty_completion", f"{name} is empty")
 
 
-def count_reasons(bad_rows: Sequence[BadRow]) -> dict[str, int]:
-    """Reason -> rows, the most frequent first."""
-    return dict(Counter(bad.reason for bad in bad_rows).most_common())
+def _same(first: Message, second: Message) -> bool:
+    return _said(first) == _said(second)
 
 
-def enforce_policy(bad_rows: Sequence[BadRow], read: int, data: DataConfig) -> None:
-    """Stop when `data.on_bad_rows=error` and more than `data.max_bad_fraction` of the rows read are bad.
-
-    Raises: TooManyBadRows naming the reasons with counts, the first rows, and how to go on.
-    """
-    if data.on_bad_rows is not OnBadRows.error or not bad_rows or len(bad_rows) <= data.max_bad_fraction * read:
-        return
-    reasons = ", ".join(f"{reason} {count}" for reason, count in count_reasons(bad_rows).items())
-    first = "; ".join(f"{bad.origin}: {bad.reason}: {bad.detail}" for bad in bad_rows[:SHOWN_ROWS])
-    more = f"; and {len(bad_rows) - SHOWN_ROWS} more" if len(bad_rows) > SHOWN_ROWS else ""
-    raise TooManyBadRows(
-        f"{len(bad_rows)} of {read} rows cannot be used ({reasons}): {first}{more}. More than data.max_bad_fraction="
-        f"{data.max_bad_fraction:g}; mend the rows, or leave them out with data.on_bad_rows=drop",
-        bad_rows,
-    )
+def _said(message: Message) -> tuple[Any, ...]:
+    """All that an answer consists of; blanks around a text do not make another answer."""
+    return message.content.strip(), message.tool_calls, message.reasoning.strip()

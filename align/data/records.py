@@ -1,6 +1,7 @@
 """What a row becomes: small types that every format is read into."""
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -57,6 +58,13 @@ class Origin:
 
     def __str__(self) -> str:
         return f"{self.path}:{self.number}" if self.has_lines else f"{self.path} row {self.number}"
+
+    @classmethod
+    def parse(cls, text: str) -> "Origin":
+        """The origin that `str` gave."""
+        lines = re.fullmatch(r"(.*):(\d+)", text, re.DOTALL)
+        path, number = lines.groups() if lines else text.rsplit(" row ", 1)
+        return cls(path, int(number), has_lines=lines is not None)
 
 
 @dataclass(frozen=True)

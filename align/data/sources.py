@@ -11,24 +11,35 @@ from pathlib import Path
 from typing import Any
 
 from align.config.errors import UserError
-from align.data.files import READERS, Rows, file_type, first_line_of, is_data_file, read_file
+from align.data.files import READERS, Rows, file_type, first_line_of, is_data_file, read_file, row_count
 from align.data.records import Origin
 
 SLOTS = ("text", "demonstrations", "preferences", "prompts")
-SOURCE_KEYS = ("path", "format", "split", "take")
+SOURCE_KEYS = ("path", "format", "split", "take", "weight", "columns")
 TINY = "tiny:"
+MOST_COPIES = 100
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
 @dataclass(frozen=True)
 class Source:
-    """One place that rows come from. `take` keeps the first rows in file order; `where` is its config key."""
+    """One place that rows come from. `where` is its config key."""
 
     path: str
     format: str
     split: str
     take: int | None
+    """The first rows in file order; None is all."""
     where: str
+    weight: float = 1.0
+    """How often an epoch passes over its rows: 2 is twice, 0.5 every second one, chosen by a hash."""
+    columns: tuple[tuple[str, str], ...] = ()
+    """(field that a format knows, where it is in these rows: a name, or a path such as `instances.0.output`)."""
+
+    @property
+    def key(self) -> list[Any]:
+        """What decides which rows come from it, and how they are read."""
+        return [self.path, self.format, self.split, self.take, self.weight, list(self.columns)]
 
 
 @dataclass(frozen=True)
@@ -69,7 +80,17 @@ def _parse_source(item: Any, where: str, format: str, split: str) -> Source:
         raise UserError(f"{where}: a source needs a path")
     if take is not None and (not isinstance(take, int) or isinstance(take, bool) or take < 1):
         raise UserError(f"{where}.take={take!r}: a number of rows from 1 up was expected")
-    return Source(path, item.get("format") or format, item.get("split") or split, take, where)
+    weight = item.get("weight", 1)
+    if not isinstance(weight, int | float) or isinstance(weight, bool) or not 0 < weight <= MOST_COPIES:
+        raise UserError(f"{where}.weight={weight!r}: passes over its rows in an epoch, above 0 and up to {MOST_COPIES}")
+    columns = _columns(item.get("columns") or {}, where)
+    return Source(path, item.get("format") or format, item.get("split") or split, take, where, float(weight), columns)
+
+
+def _columns(columns: Any, where: str) -> tuple[tuple[str, str], ...]:
+    if not isinstance(columns, dict) or not all(isinstance(path, str) and path for path in columns.values()):
+        raise UserError(f"{where}.columns={columns!r}: a field of these rows for each name, such as {{prompt: Goal}}")
+    return tuple((str(name), path) for name, path in columns.items())
 
 
 def source_files(source: Source) -> list[Path]:
@@ -138,8 +159,37 @@ def _near_sibling(path: Path) -> str:
 
 
 def read_rows(source: Source) -> Rows:
-    """The rows of a source with their origins, in file order, at most `take`."""
-    return islice(_all_rows(source), source.take)
+    """The rows of a source with their origins, in file order, at most `take`, with its columns renamed."""
+    rows = islice(_all_rows(source), source.take)
+    return ((origin, _renamed(row, source.columns)) for origin, row in rows) if source.columns else rows
+
+
+def _renamed(row: dict[str, Any], columns: tuple[tuple[str, str], ...]) -> dict[str, Any]:
+    """The row with fields under the names that formats know; a field that is not there stays missing."""
+    taken = {path if path in row else path.split(".")[0] for _, path in columns}
+    renamed = {name: value for name, value in row.items() if name not in taken}
+    for name, path in columns:
+        try:
+            renamed[name] = row[path] if path in row else _at(row, path)
+        except (KeyError, IndexError, TypeError, ValueError):
+            renamed.pop(name, None)
+    return renamed
+
+
+def _at(row: Any, path: str) -> Any:
+    for part in path.split("."):
+        row = row[int(part)] if isinstance(row, list) else row[part]
+    return row
+
+
+def expected_rows(source: Source) -> int | None:
+    """How many rows a source has, counted without reading them; None where that takes reading them."""
+    if source.path.startswith(TINY):
+        return None
+    counts = [row_count(path) for path in source_files(source)] or [None]
+    if None in counts:
+        return None
+    return min(sum(counts), source.take) if source.take else sum(counts)
 
 
 def _all_rows(source: Source) -> Rows:

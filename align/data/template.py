@@ -6,16 +6,15 @@ import re
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from itertools import pairwise
+from functools import cached_property, partial
 
 from transformers import PreTrainedTokenizerBase
 
 from align.config.errors import UserError
 from align.data.fit import NOT_TRAINED
 from align.data.plain import PLAIN, chat_template_text
-from align.data.records import Message, RowRefused
-from align.data.spans import Renderer, Span, follows, labelled, trained_tokens
+from align.data.records import Demonstration, Message, PreferencePair, RowRefused
+from align.data.spans import Piece, Renderer, Span, all_text, follows, labelled, parsed_tools, trained_tokens
 
 PROBE = (
     Message("user", "What is the colour of the sky?"),
@@ -50,7 +49,7 @@ class Template:
             )
         self.tokenizer = tokenizer
         self.borders_cut = 0
-        """Rows whose tokens would have merged across the border of prompt and completion."""
+        """Rows (or pieces of them) whose tokens would have merged across the border of prompt and completion."""
 
     @cached_property
     def digest(self) -> str:
@@ -89,16 +88,14 @@ class Template:
         stop_id = self._first_token_after_answer(renderer)
         stop = self.tokenizer.convert_ids_to_tokens(stop_id)
         chat = Chat(renderer, stop, stop_id)
-        [encoded] = self._encode_marked([renderer.trained_spans(PROBE, stop)], chat)
-        if isinstance(encoded, RowRefused):
-            raise encoded
-        ids, labels = encoded
-        bos = self.tokenizer.bos_token_id
-        if bos is not None and ids[:2] == [bos, bos]:
-            raise ValueError("it starts with two BOS tokens")
-        trained = self.tokenizer.decode(
-            [label for label in labels if label != NOT_TRAINED], clean_up_tokenization_spaces=False
-        )
+        trained = ""
+        for encoded in self._encode_pieces(renderer.pieces(PROBE, (), stop), chat):
+            ids, labels = _or_raise(encoded)
+            bos = self.tokenizer.bos_token_id
+            if bos is not None and ids[:2] == [bos, bos]:
+                raise ValueError("it starts with two BOS tokens")
+            learnt = [label for label in labels if label != NOT_TRAINED]
+            trained += self.tokenizer.decode(learnt, clean_up_tokenization_spaces=False)
         for message in PROBE:
             if (message.content in trained) != (message.role == "assistant"):
                 raise ValueError(f"the {message.role}'s {message.content!r} is on the wrong side of the mask")
@@ -124,25 +121,24 @@ class Template:
         eos = self.tokenizer.eos_token_id
         return {self.chat.stop_id} | ({eos} if eos is not None else set())
 
-    def encode_demonstrations(self, conversations: Sequence[Sequence[Message]]) -> list[tuple[Ids, Ids] | RowRefused]:
-        """(input_ids, labels) of each conversation, or why it cannot be used; labels are -100 where not trained."""
+    def encode_demonstrations(self, rows: Sequence[Demonstration]) -> list[list[tuple[Ids, Ids]] | RowRefused]:
+        """(input_ids, labels) of each piece of each conversation, or why it cannot be used.
+
+        Labels are -100 where not trained. A conversation is one piece, unless the template renders a turn otherwise
+        once the conversation has gone on; see `Renderer.pieces`.
+        """
         chat = self.chat
-        marked = [self._or_refused(self._spans, messages) for messages in conversations]
-        sound = iter(self._encode_marked([row for row in marked if not isinstance(row, RowRefused)], chat))
-        return [row if isinstance(row, RowRefused) else next(sound) for row in marked]
+        marked = [_or_refused(self._pieces, row) for row in rows]
+        sound = [piece for row in marked if not isinstance(row, RowRefused) for piece in row]
+        encoded = iter(self._encode_pieces(sound, chat))
+        return [row if isinstance(row, RowRefused) else _all_or_refused([next(encoded) for _ in row]) for row in marked]
 
-    def encode_demonstration(self, messages: Sequence[Message]) -> tuple[Ids, Ids]:
-        """(input_ids, labels) of one conversation. Raises: RowRefused."""
-        return _or_raise(self.encode_demonstrations([messages])[0])
-
-    def encode_pairs(
-        self, pairs: Sequence[tuple[Sequence[Message], Message, Message]]
-    ) -> list[tuple[Ids, Ids, Ids] | RowRefused]:
-        """(prompt_ids, chosen_ids, rejected_ids) of each (prompt, chosen, rejected), or why it cannot be used.
+    def encode_pairs(self, pairs: Sequence[PreferencePair]) -> list[tuple[Ids, Ids, Ids] | RowRefused]:
+        """(prompt_ids, chosen_ids, rejected_ids) of each pair, or why it cannot be used.
 
         prompt_ids are what generation would be given; a completion ends with its stop token.
         """
-        rendered = [self._or_refused(self._pair_texts, *pair) for pair in pairs]
+        rendered = [_or_refused(self._pair_texts, pair) for pair in pairs]
         texts = [text for row in rendered if not isinstance(row, RowRefused) for text in row]
         ids = iter(self._tokenized(texts))
         return [
@@ -150,14 +146,10 @@ class Template:
             for row in rendered
         ]
 
-    def encode_pair(self, prompt: Sequence[Message], chosen: Message, rejected: Message) -> tuple[Ids, Ids, Ids]:
-        """(prompt_ids, chosen_ids, rejected_ids) of one pair. Raises: RowRefused."""
-        return _or_raise(self.encode_pairs([(prompt, chosen, rejected)])[0])
-
-    def encode_prompt(self, messages: Sequence[Message]) -> Ids:
+    def encode_prompt(self, messages: Sequence[Message], tools: Sequence[str] = ()) -> Ids:
         """The ids that generation is given. Raises: RowRefused if the template does not take the conversation."""
-        self._refuse_special_tokens(messages)
-        return self._tokenized([self.chat.renderer.text(messages, to_answer=True)])[0]
+        self._refuse_special_tokens(messages, tools)
+        return self._tokenized([self.chat.renderer.prompt(messages, parsed_tools(tools))])[0]
 
     def encode_texts(self, texts: Sequence[str]) -> list[Ids]:
         """Documents with the end-of-text token after each, and BOS before it if the tokenizer uses one.
@@ -185,89 +177,113 @@ class Template:
         tokens |= {entry.content for entry in self.tokenizer.added_tokens_decoder.values() if entry.special}
         return re.compile("|".join(map(re.escape, sorted(tokens - {""}))) or r"(?!)")
 
-    def _refuse_special_tokens(self, messages: Sequence[Message]) -> None:
-        """A special token spelt out in a turn would end or forge turns."""
+    def _refuse_special_tokens(self, messages: Sequence[Message], tools: Sequence[str]) -> None:
+        """A special token spelt out in a turn or a tool would end or forge turns."""
         for message in messages:
-            if found := self._special_text.search(message.content):
+            if found := self._special_text.search(all_text(message)):
                 raise RowRefused("special_token_in_text", f"a {message.role} turn contains {found.group()!r}")
+        if found := self._special_text.search(json.dumps(parsed_tools(tools), ensure_ascii=False)):
+            raise RowRefused("special_token_in_text", f"a tool contains {found.group()!r}")
 
-    def _or_refused(self, render, *arguments):
-        try:
-            return render(*arguments)
-        except RowRefused as refused:
-            return refused
+    def _pieces(self, row: Demonstration) -> list[Piece]:
+        self._refuse_special_tokens(row.messages, row.tools)
+        return self.chat.renderer.pieces(row.messages, parsed_tools(row.tools), self.chat.stop)
 
-    def _spans(self, messages: Sequence[Message]) -> tuple[str, list[Span]]:
-        self._refuse_special_tokens(messages)
-        return self.chat.renderer.trained_spans(messages, self.chat.stop)
-
-    def _pair_texts(self, prompt: Sequence[Message], chosen: Message, rejected: Message) -> tuple[str, str, str]:
+    def _pair_texts(self, pair: PreferencePair) -> tuple[str, str, str]:
         """The prompt as generation would see it, and the conversation with each answer through its stop token."""
-        self._refuse_special_tokens([*prompt, chosen, rejected])
-        before = self.chat.renderer.text(prompt, to_answer=True)
-        whole = []
-        for answer in (chosen, rejected):
-            text = self.chat.renderer.text([*prompt, answer])
-            if not text.startswith(before):
-                raise RowRefused("template_rewrites", "with an answer, the template renders the prompt differently")
-            at = text.find(self.chat.stop, len(before))
-            if at < 0 or answer.content.strip() not in text[len(before) : at]:
-                raise RowRefused("template_rewrites", "the template changes the text of an answer")
-            whole.append(text[: at + len(self.chat.stop)])
-        return before, whole[0], whole[1]
+        self._refuse_special_tokens([*pair.prompt, pair.chosen, pair.rejected], pair.tools)
+        chat, tools = self.chat, parsed_tools(pair.tools)
+        before = chat.renderer.prompt(pair.prompt, tools)
+        chosen, rejected = (
+            chat.renderer.answered(before, [*pair.prompt, answer], tools, chat.stop)[0]
+            for answer in (pair.chosen, pair.rejected)
+        )
+        return before, chosen, rejected
 
     def _pair_ids(self, texts: tuple[str, str, str], prompt: Ids, *whole: Ids) -> tuple[Ids, Ids, Ids] | RowRefused:
         """Completions as what follows the prompt's own tokens; tokenised apart where a token would cross the border."""
         completions = [ids[len(prompt) :] for ids in whole]
         if any(ids[: len(prompt)] != prompt for ids in whole):
             self.borders_cut += 1
-            completions = self._tokenized([text[len(texts[0]) :] for text in texts[1:]])
+            try:
+                completions = [self._following(prompt, text[len(texts[0]) :], self.chat) for text in texts[1:]]
+            except RowRefused as refused:
+                return refused
         if any(ids[-1:] != [self.chat.stop_id] for ids in completions):
             return RowRefused("stop_not_trained", "the last token of an answer is not the stop token")
         if completions[0] == completions[1]:
             return RowRefused("chosen_equals_rejected", "'chosen' and 'rejected' have the same tokens")
         return prompt, completions[0], completions[1]
 
-    def _encode_marked(self, rows: Sequence[tuple[str, list[Span]]], chat: Chat) -> list[tuple[Ids, Ids] | RowRefused]:
-        if not rows:
+    def _encode_pieces(self, pieces: Sequence[Piece], chat: Chat) -> list[tuple[Ids, Ids] | RowRefused]:
+        if not pieces:
             return []
         tokens = self.tokenizer(
-            [text for text, _ in rows],
+            [piece.text for piece in pieces],
             add_special_tokens=False,
             return_offsets_mapping=True,
             return_attention_mask=False,
             return_token_type_ids=False,
             verbose=False,
         )
-        heads = [self._heads(text, spans) for text, spans in rows]
-        distinct = sorted({head for row in heads for head in row})
+        heads = [self._heads(piece) for piece in pieces]
+        distinct = sorted({head for piece in heads for head in piece})
         met = dict(zip(distinct, self._tokenized(distinct), strict=True))
-        results = []
-        for (text, spans), ids, offsets, row_heads in zip(
-            rows, tokens["input_ids"], tokens["offset_mapping"], heads, strict=True
-        ):
-            trained = trained_tokens(ids, offsets, spans, chat.stop_id)
-            if trained is None or not follows(ids, trained, [met[head] for head in row_heads]):
-                self.borders_cut += 1
-                ids, trained = self._cut_at_borders(text, spans)
-            results.append(labelled(ids, trained, chat.stop_id))
-        return results
+        return [
+            self._masked(piece, ids, offsets, [met[head] for head in piece_heads], chat)
+            for piece, ids, offsets, piece_heads in zip(
+                pieces, tokens["input_ids"], tokens["offset_mapping"], heads, strict=True
+            )
+        ]
 
-    def _heads(self, text: str, spans: list[Span]) -> list[str]:
+    def _masked(
+        self, piece: Piece, ids: Ids, offsets: Sequence[Span], heads: Sequence[Ids], chat: Chat
+    ) -> tuple[Ids, Ids] | RowRefused:
+        """(input_ids, labels) of a piece; tokenised apart at the borders that its tokens would cross."""
+        trained = trained_tokens(ids, offsets, piece.spans, chat.stop_id)
+        if trained is None or not follows(ids, trained, heads):
+            self.borders_cut += 1
+            try:
+                ids, trained = self._cut_at_borders(piece, chat)
+            except RowRefused as refused:
+                return refused
+        return labelled(ids, trained, chat.stop_id)
+
+    def _heads(self, piece: Piece) -> list[str]:
         """The text before each span, back to the last special token: no token merges across one."""
-        specials = [match.start() for match in self._special_text.finditer(text)]
+        specials = [match.start() for match in self._special_text.finditer(piece.text)]
         heads = []
-        for start, _ in spans:
+        for start, _ in piece.spans:
             before = bisect_left(specials, start)
-            heads.append(text[specials[before - 1] if before else 0 : start])
+            heads.append(piece.text[specials[before - 1] if before else 0 : start])
         return heads
 
-    def _cut_at_borders(self, text: str, spans: list[Span]) -> tuple[Ids, list[bool]]:
-        """The text tokenised piece by piece, so that no token crosses a border: what generation meets."""
-        borders = [0, *(border for span in spans for border in span), len(text)]
-        pieces = self._tokenized([text[start:end] for start, end in pairwise(borders)])
-        trained = [bool(index % 2) for index, piece in enumerate(pieces) for _ in piece]
-        return [token for piece in pieces for token in piece], trained
+    def _cut_at_borders(self, piece: Piece, chat: Chat) -> tuple[Ids, list[bool]]:
+        """The text tokenised apart where each answer starts: what generation meets. Raises: RowRefused."""
+        starts = [start for start, _ in piece.spans]
+        [ids] = self._tokenized([piece.text[: starts[0]]])
+        trained = [False] * len(ids)
+        for start, limit in zip(starts, [*starts[1:], len(piece.text)], strict=True):
+            following = self._following(ids, piece.text[start:limit], chat)
+            answer = following.index(chat.stop_id) + 1
+            ids += following
+            trained += [True] * answer + [False] * (len(following) - answer)
+        return ids, trained
+
+    def _following(self, before: Ids, text: str, chat: Chat) -> Ids:
+        """The tokens of `text`, which starts with an answer, on its own; the answer must read the same after `before`.
+
+        Some tokenizers put a blank before the first word of any text, so a second try starts it with a special token.
+        Raises: RowRefused if that does not help either.
+        """
+        answer = text[: text.index(chat.stop) + len(chat.stop)]
+        decode = partial(self.tokenizer.decode, clean_up_tokenization_spaces=False)
+        for opening in ("", chat.stop):
+            ids = self._tokenized([opening + text])[0][1 if opening else 0 :]
+            through_stop = ids[: ids.index(chat.stop_id) + 1] if chat.stop_id in ids else []
+            if decode(before + through_stop)[len(decode(before)) :] == answer:
+                return ids
+        raise RowRefused("border_changes_text", "an answer that is tokenised apart from its prompt reads otherwise")
 
     def _tokenized(self, texts: Sequence[str]) -> list[Ids]:
         if not texts:
@@ -281,10 +297,21 @@ class Template:
         )["input_ids"]
 
 
+def _or_refused(render, row):
+    try:
+        return render(row)
+    except RowRefused as refused:
+        return refused
+
+
 def _or_raise(result):
     if isinstance(result, RowRefused):
         raise result
     return result
+
+
+def _all_or_refused(pieces: list[tuple[Ids, Ids] | RowRefused]) -> list[tuple[Ids, Ids]] | RowRefused:
+    return next((piece for piece in pieces if isinstance(piece, RowRefused)), pieces)
 
 
 __all__ = ["Template", "chat_template_text"]

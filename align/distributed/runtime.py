@@ -30,6 +30,11 @@ def launched_world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def launched_local_rank() -> int:
+    """This process among those of its machine; known before any process group is."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
 def start(*, deepspeed: bool, timeout_seconds: int) -> Runtime:
     """Join the process group if there is anything to join: several ranks, or DeepSpeed on one.
 
@@ -37,7 +42,7 @@ def start(*, deepspeed: bool, timeout_seconds: int) -> Runtime:
     ZeRO-3 then sees a world of one (transformers 5.23, deepspeed 0.19.8, seen 2026-11).
     """
     world_size = launched_world_size()
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    local_rank = launched_local_rank()
     cuda = torch.cuda.is_available()
     if cuda:
         torch.cuda.set_device(local_rank)

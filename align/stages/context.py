@@ -1,8 +1,6 @@
 """What every stage is given besides its own settings."""
 
 import dataclasses
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -10,7 +8,6 @@ from typing import Any
 
 from align.config.keys import SLOTS
 from align.config.schema import RunConfig
-from align.distributed import runtime
 from align.distributed.runtime import Runtime
 
 RUN_DIR = "<run_dir>"
@@ -32,15 +29,6 @@ class RunContext:
     @property
     def cache_dir(self) -> Path:
         return Path(self.config.cache_dir).expanduser()
-
-    @contextmanager
-    def main_first(self) -> Iterator[None]:
-        """Rank 0 does the work and fills the cache; the others follow and find it."""
-        if not self.runtime.is_main:
-            runtime.barrier()
-        yield
-        if self.runtime.is_main:
-            runtime.barrier()
 
 
 def plain(value: Any) -> Any:

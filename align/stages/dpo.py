@@ -10,7 +10,6 @@ from align import artifacts
 from align.artifacts import Manifest
 from align.config.schema import DPOStage, Layout
 from align.data.forest import PairCollator, Tree
-from align.data.prepare import prepare_preferences
 from align.losses.pairwise import PairObjective
 from align.models.layout import prove_layout
 from align.stages.context import RunContext
@@ -26,7 +25,7 @@ REFERENCE_FORWARD = 4
 
 def run(stage: DPOStage, context: RunContext) -> Manifest:
     """Train on `data.preferences`; leaves `policy/`."""
-    session = open_session(stage, context, prepare_preferences)
+    session = open_session(stage, context)
     layout, rows = reference_pass(session, stage)
     arguments = TrainingArguments(**session.argument_values())
     trainer = _pair_trainer(session, stage, arguments, session.load_policy(), layout, rows)
@@ -127,6 +126,7 @@ def _pair_trainer(
         arguments,
         objective(stage),
         layout=layout,
+        order=stage.order,
         pad_token_id=session.tokenizer.pad_token_id,
         train_dataset=rows["train"],
         eval_dataset=held_out if held_out else None,

@@ -17,6 +17,7 @@ from align.distributed import runtime
 from align.generation.hf import complete
 from align.models import load
 from align.stages.context import RunContext, plain, stage_record
+from align.stages.rows import BAD_ROWS
 from align.stages.session import input_digests
 from align.tracking.progress import Progress
 from align.tracking.wandb_run import WandbRun
@@ -30,6 +31,8 @@ EMBEDDED_PROMPTS = "tiny:prompts"
 def run(stage: EvaluateStage, context: RunContext) -> Manifest:
     """Write `samples.jsonl` (a prompt and every model's reply a line) and `scores.json` (figures by model)."""
     prompts = prepare_prompts(context.config.data)
+    if context.runtime.is_main:
+        prompts.report.bad_rows.write(context.stage_dir / BAD_ROWS)
     prompts.rows = _chosen(prompts.rows, stage, context.config.data)
     replies = {name: _replies(name, path, prompts, stage, context) for name, path in stage.models.items()}
     figures = {}
@@ -83,7 +86,7 @@ def _replies(name: str, path: str, prompts: PreparedPrompts, stage: EvaluateStag
     texts = complete(
         model,
         tokenizer,
-        [template.encode_prompt(prompt.messages) for prompt in share],
+        [template.encode_prompt(prompt.messages, prompt.tools) for prompt in share],
         stop_token_ids=sorted(template.stop_token_ids),
         max_new_tokens=stage.max_new_tokens,
         batch_size=stage.batch_size,
@@ -113,7 +116,7 @@ def _manifest(stage: EvaluateStage, context: RunContext, prompts: PreparedPrompt
         config_digest=artifacts.digest_value(record),
         inputs=inputs + prompts.inputs,
         outputs=artifacts.list_outputs(context.stage_dir, [SAMPLES, SCORES]) if context.runtime.is_main else [],
-        rows={"read": prompts.read, "kept": len(prompts.rows), "dropped": {}},
+        rows={"read": prompts.read, "kept": len(prompts.rows), "dropped": prompts.report.dropped},
         metrics={f"oracle/{name}/{key}": value for name, row in figures.items() for key, value in row.items()},
         seed=stage.seed,
         world_size=context.runtime.world_size,

@@ -1,7 +1,6 @@
 """What comes before a trainer: ZeRO choice, tokenizer, rows, and the checkpoint to go on from."""
 
 import gc
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,21 +14,18 @@ from align.config.errors import UserError
 from align.config.schema import PeftMethod, StageConfig
 from align.data.encoded import largest_token
 from align.data.prepare import Prepared
-from align.data.quality import TooManyBadRows
-from align.data.report import write_bad_rows
-from align.data.template import Template, chat_template_text
+from align.data.template import Template
 from align.distributed import runtime, zero
 from align.models import load
 from align.models.peft import add_adapter
 from align.stages.context import RunContext, plain
+from align.stages.rows import load_template, prepare_rows, report_rows
 from align.tracking.local import MetricsLog
 from align.tracking.progress import say
 from align.tracking.wandb_run import WandbRun
 from align.trainers import checkpoints
 from align.trainers.arguments import Machine, trainer_arguments
 from align.trainers.callbacks import Report
-
-BAD_ROWS = "bad_rows.jsonl"
 
 
 @dataclass
@@ -81,17 +77,16 @@ class Session:
         return add_adapter(model, self.context.config.peft, seed=self.stage.seed, zero3=self.zero_stage == 3)
 
 
-def open_session(stage: StageConfig, context: RunContext, prepare: Callable[..., Prepared]) -> Session:
+def open_session(stage: StageConfig, context: RunContext) -> Session:
     """Everything that comes before the trainer: ZeRO choice, tokenizer, template, rows, checkpoint to go on from."""
     config, run = context.config, context.runtime
     zero_stage = _zero_stage(stage, context)
     bf16 = load.use_bf16(config.precision, run.device)
     zero_dict = None if zero_stage is None else zero.zero_dict(zero_stage, config.deepspeed.offload, bf16=bf16)
-    tokenizer = load.load_tokenizer(stage.policy, config.model, chat_template_text(config.model.chat_template))
-    template = Template(tokenizer)
-    with context.main_first():
-        prepared = _prepare_rows(prepare, template, stage, context)
-    _report_rows(context, prepared)
+    template = load_template(config, stage.policy)
+    prepared = prepare_rows(config, context.stage_name, template, context.stage_dir)
+    if run.is_main:
+        report_rows(context.stage_name, prepared, context.stage_dir)
     machine = Machine(run.world_size, run.device.startswith("cuda"), bf16, zero_dict)
     wandb_run = WandbRun(
         config.log, active=run.is_main, group=config.name, stage=context.stage_name, stage_dir=context.stage_dir
@@ -99,7 +94,7 @@ def open_session(stage: StageConfig, context: RunContext, prepare: Callable[...,
     inputs = input_digests(stage.policy, "policy") + prepared.inputs
     wandb_run.describe(plain(config), inputs)
     session = Session(
-        context, stage, tokenizer, template, prepared, machine, zero_stage, None,
+        context, stage, template.tokenizer, template, prepared, machine, zero_stage, None,
         MetricsLog(context.stage_dir / "metrics.jsonl"), wandb_run, inputs,
     )  # fmt: skip
     session.resume_from = _checkpoint_to_resume(session)
@@ -129,33 +124,6 @@ def input_digests(model: str, name: str) -> list[dict[str, str]]:
     path = Path(load.resolve_model(model))
     digest = artifacts.digest_model(path) if path.is_dir() else f"hub:{model}"
     return [{"name": name, "path": model, "digest": digest}]
-
-
-def _prepare_rows(
-    prepare: Callable[..., Prepared], template: Template, stage: StageConfig, context: RunContext
-) -> Prepared:
-    try:
-        return prepare(context.config.data, template, stage.max_tokens, context.cache_dir)
-    except TooManyBadRows as error:
-        file = context.stage_dir / BAD_ROWS
-        if context.runtime.is_main:
-            write_bad_rows(error.bad_rows, file)
-        raise UserError(f"{error}; all are listed in {file}") from error
-
-
-def _report_rows(context: RunContext, prepared: Prepared) -> None:
-    if not context.runtime.is_main:
-        return
-    report, file = prepared.report, context.stage_dir / BAD_ROWS
-    for line in report.lines():
-        say(f"{context.stage_name}: {line}")
-    report.write_bad_rows(file)
-    if len(prepared.train) == 0:
-        reasons = ", ".join(f"{reason} {count}" for reason, count in report.dropped.items())
-        raise UserError(
-            f"{context.stage_name}: none of {report.read} rows is left to train on ({reasons}); see {file}, and mend "
-            f"the rows or change stages.{context.stage_name}.max_tokens={report.max_tokens}"
-        )
 
 
 def _refuse_unknown_tokens(session: Session, name: str, vocabulary: int) -> None:

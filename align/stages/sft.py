@@ -2,7 +2,6 @@
 
 from align.artifacts import Manifest
 from align.config.schema import PretrainStage, SFTStage
-from align.data.prepare import prepare_demonstrations, prepare_text
 from align.stages.context import RunContext
 from align.stages.session import close_session, open_session
 from align.stages.training import train_and_sign
@@ -11,8 +10,7 @@ from align.trainers.sft import build_sft_trainer, sft_arguments
 
 def run(stage: SFTStage | PretrainStage, context: RunContext) -> Manifest:
     """Train on `data.demonstrations` (SFT) or `data.text` (pretrain); leaves `policy/`."""
-    prepare = prepare_text if isinstance(stage, PretrainStage) else prepare_demonstrations
-    session = open_session(stage, context, prepare)
+    session = open_session(stage, context)
     arguments = sft_arguments(stage, session.argument_values())
     rows = session.prepared
     trainer = build_sft_trainer(

@@ -12,13 +12,20 @@ START_OF_LINE = "\r\x1b[K"
 
 
 class Progress:
-    """Counts towards `total` and shows rate and time left. Silent unless `active` (rank 0).
+    """Counts towards `total` (None: not known) and shows the time left. Silent unless `active` (rank 0).
 
     `passing` is for work within other work: its line goes when it is done, and short work has no plain lines at all.
     """
 
     def __init__(
-        self, label: str, total: int, *, active: bool = True, done: int = 0, passing: bool = False, unit: str = ""
+        self,
+        label: str,
+        total: int | None,
+        *,
+        active: bool = True,
+        done: int = 0,
+        passing: bool = False,
+        unit: str = "",
     ) -> None:
         self.label, self.total, self.active, self.passing = label, total, active, passing
         self.unit = f"{unit} " if unit else ""
@@ -33,23 +40,37 @@ class Progress:
         if not self.active or self.finished:
             return
         now = time.monotonic()
-        self.finished = done >= self.total
+        self.finished = self.total is not None and done >= self.total
         if not self.finished and now - self.shown_at < (LIVE_EVERY_SECONDS if self.live else PLAIN_EVERY_SECONDS):
             return
         self.shown_at = now
         if self.finished and self.passing:
             _write(START_OF_LINE if self.live else "")
             return
-        parts = [self.label, f"{self.unit}{done}/{self.total}", note, self._time(done, now)]
+        count = f"{self.unit}{done}" + ("" if self.total is None else f"/{self.total}")
+        parts = [self.label, count, note, self._time(done, now)]
         text = "  ".join(part for part in parts if part)
         if self.live:
             # A line that wraps cannot be rewritten in place.
             text = START_OF_LINE + text[: shutil.get_terminal_size().columns - 1]
         _write(text if self.live and not self.finished else text + "\n")
 
+    def show_of(self, done: int, total: int | None) -> None:
+        """As `show`, for work whose size is known only once it has begun."""
+        self.total = total
+        self.show(done)
+
+    def close(self) -> None:
+        """Clear the live line of passing work that is over, whatever it came to."""
+        if self.active and self.passing and self.live and not self.finished:
+            _write(START_OF_LINE)
+        self.finished = True
+
     def _time(self, done: int, now: float) -> str:
         elapsed = now - self.started_at
         fresh = done - self.start_count
+        if self.total is None:
+            return f"{fresh / elapsed:.0f}/s" if elapsed > 0 else ""
         if done >= self.total:
             return f"took {clock(elapsed)}"
         return f"ETA {clock(elapsed / fresh * (self.total - done))}" if fresh > 0 else "ETA ?"

@@ -4,12 +4,15 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+import pyarrow.compute as pc
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from transformers import EvalPrediction, Trainer, TrainerCallback, TrainingArguments
 
-from align.config.schema import Layout
+from align.config.schema import Layout, Order
+from align.data.balance import stratified_order
 from align.data.forest import PairCollator
 from align.losses.logprobs import completion_lengths, completion_logps, token_logps
 from align.losses.pairwise import PairLogps, PairObjective, nll_loss
@@ -37,6 +40,44 @@ def turn_dropout_off(model: nn.Module) -> None:
             module.attention_dropout = 0.0
 
 
+def tree_tokens(rows: Dataset) -> np.ndarray:
+    """Prompt, chosen and rejected tokens of each pair together, int64 (rows,)."""
+    columns = rows.select_columns(["prompt_ids", "chosen_ids", "rejected_ids"]).with_format("arrow")[:]
+    return sum(pc.list_value_length(column).to_numpy().astype(np.int64) for column in columns.itercolumns())
+
+
+class StratifiedRows:
+    """Pairs in the stratified order of an epoch, to be read from first to last.
+
+    A data set and no sampler, because `set_epoch` must reach it: where a run on several ranks is resumed within an
+    epoch, accelerate 1.15.0 tells no sampler but its own which epoch that is.
+    """
+
+    def __init__(self, rows: Dataset, *, micro_batch_size: int, batch_size: int, seed: int):
+        self.rows, self.tokens = rows, tree_tokens(rows)
+        self.micro_batch_size, self.batch_size, self.seed = micro_batch_size, batch_size, seed
+        self.epoch = -1
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int) -> None:
+        if epoch == self.epoch:
+            return
+        self.epoch = epoch
+        self.order = stratified_order(
+            self.tokens,
+            micro_batch_size=self.micro_batch_size,
+            batch_size=self.batch_size,
+            seed=self.seed,
+            epoch=epoch,
+        )
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.rows[int(self.order[index])]
+
+
 class PairTrainer(Trainer):
     """Trains on pairs with precomputed reference log-probabilities.
 
@@ -54,13 +95,14 @@ class PairTrainer(Trainer):
         pad_token_id: int,
         train_dataset: Dataset,
         eval_dataset: Dataset | None = None,
+        order: Order = Order.shuffled,
         processing_class: Any = None,
         callbacks: list[TrainerCallback] | None = None,
     ):
         assert not args.remove_unused_columns, "the collator needs columns that no model takes"
         turn_dropout_off(model)
         attach(model, layout)
-        self.objective = objective
+        self.objective, self.order = objective, order
         super().__init__(
             model=model,
             args=args,
@@ -75,6 +117,28 @@ class PairTrainer(Trainer):
         self.model_accepts_loss_kwargs = True
         self.loss_is_scaled_for_ga = True
         self._sums: Tensor | None = None
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Micro-batches in the order asked for; accelerate deals consecutive ones out to the ranks."""
+        if self.order is Order.shuffled:
+            return super().get_train_dataloader()
+        args = self.args
+        in_step = args.gradient_accumulation_steps * self.accelerator.num_processes
+        rows = StratifiedRows(
+            self.train_dataset,
+            micro_batch_size=args.train_batch_size,
+            batch_size=args.train_batch_size * in_step,
+            seed=args.seed if args.data_seed is None else args.data_seed,
+        )
+        loader = DataLoader(
+            rows,
+            batch_size=args.train_batch_size,
+            collate_fn=self.data_collator,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory,
+            drop_last=args.dataloader_drop_last,
+        )
+        return self.accelerator.prepare(loader)
 
     @property
     def metric_names(self) -> list[str]:

@@ -17,7 +17,7 @@ def quiet_libraries() -> None:
     datasets.disable_progress_bars()
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
-    for name in ("DeepSpeed", "accelerate"):
+    for name in ("DeepSpeed", "accelerate", "trl"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|trl|torch")
 

@@ -38,8 +38,10 @@ def sft_arguments(stage: SFTStage | PretrainStage, values: dict[str, Any]) -> SF
     Packing puts whole rows into rows of max_tokens, best fit decreasing; none is cut, because none is longer.
     """
     without_gradients = {"per_device_eval_batch_size": EVALUATION_FORWARD * stage.micro_batch_size}
+    # TRL 1.14 leaves a model's scale of the logits (Granite) out of its chunked loss.
+    loss = {} if FUSED_OUTPUTS else {"loss_type": "nll"}
     return SFTConfig(
-        **(values | without_gradients),
+        **(values | without_gradients | loss),
         max_length=stage.max_tokens if stage.packing else None,
         packing=stage.packing,
         packing_strategy="bfd",

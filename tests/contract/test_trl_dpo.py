@@ -98,8 +98,9 @@ def test_losses_gradients_and_metrics_equal_trls(theirs, ours, tmp_path):
     for their_line, our_line in lines:
         for name in ("loss", "grad_norm", "logps/chosen", "logps/rejected"):
             assert our_line[name] == pytest.approx(their_line[name], rel=1e-5), name
+        # Differences of sums near -30, which TRL takes in fp32.
         for name in ("rewards/chosen", "rewards/rejected", "rewards/margins"):
-            assert our_line[name] == pytest.approx(their_line[name], rel=1e-4, abs=2e-6), name
+            assert our_line[name] == pytest.approx(their_line[name], rel=1e-4, abs=5e-6), name
 
 
 def test_every_gradient_equals_trls(tmp_path):

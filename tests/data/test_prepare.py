@@ -105,7 +105,7 @@ def test_the_bad_rows_are_written_with_reason_and_origin(tmp_path, template):
     path = write(tmp_path / "pairs.jsonl", rows)
     data = DataConfig(preferences=path, on_bad_rows=OnBadRows.drop)
     report = prepare_preferences(data, template, 64, None).report
-    report.write_bad_rows(tmp_path / "bad_rows.jsonl")
+    report.bad_rows.write(tmp_path / "bad_rows.jsonl")
     [line] = (tmp_path / "bad_rows.jsonl").read_text().splitlines()
     assert json.loads(line) == {
         "origin": f"{path}:4",
@@ -113,8 +113,8 @@ def test_the_bad_rows_are_written_with_reason_and_origin(tmp_path, template):
         "detail": "'rejected' is empty",
         "row": rows[3],
     }
-    report.bad_rows = []
-    report.write_bad_rows(tmp_path / "bad_rows.jsonl")
+    sound = DataConfig(preferences=write(tmp_path / "sound.jsonl", pairs(30)))
+    prepare_preferences(sound, template, 64, None).report.bad_rows.write(tmp_path / "bad_rows.jsonl")
     assert not (tmp_path / "bad_rows.jsonl").exists()
 
 
@@ -149,8 +149,8 @@ def test_rows_that_the_template_refuses_are_counted(tmp_path):
     data = DataConfig(demonstrations=path, on_bad_rows=OnBadRows.drop)
     report = prepare_demonstrations(data, Template(gemma()), 64, None).report
     assert report.dropped == {"template_refused": 1}
-    assert str(report.bad_rows[0].origin) == f"{path}:5"
-    assert "System role not supported" in report.bad_rows[0].detail
+    assert str(next(iter(report.bad_rows)).origin) == f"{path}:5"
+    assert "System role not supported" in report.bad_rows.first[0]["detail"]
 
 
 def conversation(n):
@@ -267,7 +267,7 @@ def test_embedded_rows_of_every_kind_can_be_prepared(template):
 
 def test_a_slot_is_checked_without_reading_rows(tmp_path, monkeypatch):
     path = write(tmp_path / "pairs.jsonl", pairs(3))
-    monkeypatch.setattr(prepare, "read_rows", None)
+    monkeypatch.setattr(prepare, "walk", None)
     check_slot(DataConfig(preferences=path), "preferences")
     with pytest.raises(UserError, match="did you mean"):
         check_slot(DataConfig(preferences=path + "l"), "preferences")

@@ -136,14 +136,16 @@ def test_llamafactory_typed_content_is_read():
     assert sft.report.dropped == dpo.report.dropped == {}
 
 
-def test_tool_calls_and_unpaired_rows_are_refused_not_misread():
+def test_tool_calls_and_unpaired_rows_are_read_for_what_they_are():
     chat = Template(chatml())
-    tools = DataConfig(demonstrations=str(LLAMAFACTORY / "glaive_toolcall_en_demo.json"), on_bad_rows=OnBadRows.drop)
-    report = prepare_demonstrations(tools, chat, NO_LIMIT, None).report
-    assert report.dropped["tools_not_supported"] == 191
-    unpaired = DataConfig(demonstrations=str(LLAMAFACTORY / "kto_en_demo.json"))
-    with pytest.raises(UserError, match="no format fits rows with the fields messages, label"):
-        prepare_demonstrations(unpaired, chat, NO_LIMIT, None)
+    path = str(LLAMAFACTORY / "kto_en_demo.json")
+    unpaired = DataConfig(demonstrations=path, on_bad_rows=OnBadRows.drop)
+    assert prepare_demonstrations(unpaired, chat, NO_LIMIT, None).report.dropped == {"undesirable": 150}
+    with pytest.raises(UserError, match=r"the rows are unpaired: .* They teach KTO, not pairs"):
+        prepare_preferences(DataConfig(preferences=path), chat, NO_LIMIT, None)
+    tools = prepare_prompts(DataConfig(prompts=str(LLAMAFACTORY / "glaive_toolcall_en_demo.json")))
+    assert len(tools.rows) == tools.read == 300
+    assert sum(bool(prompt.tools) for prompt in tools.rows) == 191
 
 
 def test_plain_text_rows_and_files_are_documents(template):

@@ -10,7 +10,7 @@ import zstandard
 
 from align.config.errors import UserError
 from align.data import sources
-from align.data.sources import parse_slot, read_rows, source_inputs
+from align.data.sources import expected_rows, parse_slot, read_rows, source_inputs
 
 ROWS = [{"question": "Why?", "answer": 'A "quoted",\nbroken line'}, {"question": "Où ça — 漢字?", "answer": "Là."}]
 JSONL = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS)
@@ -223,8 +223,29 @@ def test_an_empty_file_is_named(tmp_path, name):
     assert refusal(tmp_path / name) == f"{tmp_path / name}: the file is empty: it holds no rows"
 
 
-def test_rows_that_are_no_objects_are_named(tmp_path):
+def test_a_line_that_is_a_string_is_a_row_with_a_text(tmp_path):
     (tmp_path / "a.jsonl").write_text('"just text"\n')
+    [(_, row)] = read_rows(source_of(tmp_path / "a.jsonl"))
+    assert row == {"text": "just text"}
+
+
+def test_columns_are_renamed_by_name_or_by_path_and_what_is_missing_stays_missing(tmp_path):
+    rows = [{"Goal": "Go", "instances": [{"output": "Gone"}]}, {"Goal": "Stay", "instances": []}]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    columns = {"prompt": "Goal", "completion": "instances.0.output"}
+    renamed = rows_of(tmp_path / "a.jsonl", columns=columns)
+    assert renamed == [{"prompt": "Go", "completion": "Gone"}, {"prompt": "Stay"}]
+
+
+def test_rows_are_counted_ahead_where_that_needs_no_parsing(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"a": 1}\n' * 7)
+    (tmp_path / "a.json").write_text("[1]")
+    assert expected_rows(source_of(tmp_path / "a.jsonl")) == 7
+    assert expected_rows(source_of(tmp_path / "a.json")) is None
+
+
+def test_rows_that_are_no_objects_are_named(tmp_path):
+    (tmp_path / "a.jsonl").write_text('["just a list"]\n')
     assert refusal(tmp_path / "a.jsonl").startswith(f"{tmp_path}/a.jsonl:1: a row must be an object")
 
 
@@ -254,7 +275,10 @@ def test_an_unknown_file_type_lists_the_known_ones(tmp_path):
         (None, "data.prompts is not set; give a file, a folder, a hub id or tiny:prompts"),
         ({"pat": "x"}, "data.prompts: a source has no key 'pat' .*; did you mean path"),
         (["a.jsonl", {"path": "b", "fromat": "text"}], r"data.prompts\[1\]: .*did you mean format"),
-        ({"path": "x", "weight": 2}, "no key 'weight'"),
+        ({"path": "x", "wait": 2}, "no key 'wait'.*did you mean weight"),
+        ({"path": "x", "weight": 0}, "weight=0: passes over its rows in an epoch, above 0"),
+        ({"path": "x", "weight": "twice"}, "weight='twice': passes over its rows"),
+        ({"path": "x", "columns": ["prompt"]}, r"columns=\['prompt'\]: a field of these rows for each name"),
         ({"format": "text"}, "needs a path"),
         ({"path": "x", "take": 0}, "take=0: a number of rows from 1 up"),
         (7, "found int"),

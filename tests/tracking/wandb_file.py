@@ -2,12 +2,15 @@
 
 import json
 import struct
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 BLOCK_BYTES, FILE_HEADER_BYTES, CHUNK_HEADER_BYTES = 32768, 7, 7
 FULL, FIRST, LAST = 1, 2, 4
+FLUSH_SECONDS = 10
+"""On a busy machine wandb's own process has been seen to write the file after `finish` has returned."""
 
 
 def _records(path: Path) -> Iterator[Any]:
@@ -58,4 +61,9 @@ def read_run(path: Path) -> dict[str, Any]:
 
 def read_runs(run_dir: Path) -> list[dict[str, Any]]:
     """Every run below a folder, in the order of their paths; runs of the same second are in no order."""
-    return [read_run(path) for path in sorted(run_dir.rglob("run-*.wandb"))]
+    deadline = time.monotonic() + FLUSH_SECONDS
+    while True:
+        runs = [read_run(path) for path in sorted(run_dir.rglob("run-*.wandb"))]
+        if all("id" in run for run in runs) or time.monotonic() > deadline:
+            return runs
+        time.sleep(0.05)
