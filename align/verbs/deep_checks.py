@@ -61,7 +61,9 @@ def deep_findings(data: DataConfig, slot: str, rows: int, *, judged_by_prompts: 
 
 def _overlap(data: DataConfig, kind: Kind, out: list[bool], rows: int, *, judged_by_prompts: bool) -> list[Finding]:
     """`out`: which of the sound records are held out, in the order of reading."""
-    sets = {_short(source.path): source for source in evaluation_sources(data)}
+    found = evaluation_sources(data)
+    short = [_short(source.path) for source in found]
+    sets = {name if short.count(name) == 1 else source.path: source for name, source in zip(short, found, strict=True)}
     judged_by_prompts = judged_by_prompts and _paths(data, "prompts") != _paths(data, kind.slot)
     names = [*([HELD_OUT] if any(out) else []), *sets, *([PROMPTS] if judged_by_prompts else [])]
     if not names:
@@ -99,7 +101,7 @@ def evaluation_sources(data: DataConfig) -> list[Source]:
 
 
 def _short(path: str) -> str:
-    """A file with its folder only; two sets that share both count as one."""
+    """A file with its folder only."""
     return "/".join(Path(path).parts[-2:])
 
 
