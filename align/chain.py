@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 from align import artifacts
 from align.artifacts import Manifest
 from align.config.errors import UserError
-from align.config.keys import SLOTS
+from align.config.keys import slots_of
 from align.config.schema import RunConfig, StageConfig, ZeroChoice
 from align.data.prepare import check_slot, slot_digests
 from align.distributed import runtime
@@ -82,7 +82,8 @@ def check_chain(config: RunConfig, run_dir: Path) -> None:
             _check_wire(key, wire, config.run[:position], run_dir, keep_adapter=config.peft.keep_adapter)
         if isinstance(stage, StageConfig):
             _check_context_length(config, name, stage)
-        check_slot(config.data, SLOTS[name])
+        for slot in slots_of(name):
+            check_slot(config.data, slot)
     check_wandb(config.log)
 
 
@@ -203,7 +204,8 @@ def _refuse_other_inputs(context: RunContext, manifest: Manifest) -> None:
     stage = getattr(context.config.stages, context.stage_name)
     models = _wires(context.stage_name, stage).values()
     now = {d["path"]: d["digest"] for model in models for d in input_digests(model, "")}
-    now |= {d["path"]: d["digest"] for d in slot_digests(context.config.data, SLOTS[context.stage_name])}
+    for slot in slots_of(context.stage_name):
+        now |= {d["path"]: d["digest"] for d in slot_digests(context.config.data, slot)}
     changed = [i["path"] for i in manifest.inputs if now.get(i["path"], i["digest"]) != i["digest"]]
     if changed:
         raise UserError(

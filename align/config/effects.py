@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from align.config.errors import UserError
-from align.config.keys import SLOTS, stage_of
+from align.config.keys import SLOTS, slots_of, stage_of
 from align.config.schema import (
     OnBadRows,
     PairLoss,
@@ -64,7 +64,7 @@ def _slots_read(typed: Typed) -> set[str]:
     if not typed.config.run:
         return set(SLOTS.values())
     read: set[str] = set()
-    waiting = [SLOTS[name] for name in typed.config.run if name in SLOTS]
+    waiting = [slot for name in typed.config.run if name in SLOTS for slot in slots_of(name)]
     while waiting:
         slot = waiting.pop()
         if slot not in read:

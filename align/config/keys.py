@@ -11,8 +11,21 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 from align.config import schema
 from align.config.schema import RunConfig
 
-SLOTS = {"pretrain": "text", "sft": "demonstrations", "dpo": "preferences", "evaluate": "prompts"}
+SLOTS = {
+    "pretrain": "text",
+    "sft": "demonstrations",
+    "reward": "preferences",
+    "dpo": "preferences",
+    "evaluate": "prompts",
+}
 """Stage -> the data slot that it reads."""
+ALSO_READ = {"reward": ("demonstrations",)}
+"""Stage -> further slots that it reads: a reward model's zero is its mean score on demonstrations."""
+
+
+def slots_of(stage: str) -> tuple[str, ...]:
+    """Every slot that a stage reads."""
+    return (SLOTS[stage], *ALSO_READ.get(stage, ()))
 
 
 @dataclass(frozen=True)

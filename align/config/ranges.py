@@ -47,6 +47,9 @@ LIMITS: dict[str, Limit] = {
     "stages.dpo.beta": ABOVE_ZERO,
     "stages.dpo.label_smoothing": BELOW_HALF,
     "stages.dpo.nll_weight": NOT_NEGATIVE,
+    "stages.reward.label_smoothing": BELOW_HALF,
+    "stages.reward.centring_weight": NOT_NEGATIVE,
+    "stages.reward.statistics_rows": AT_LEAST_ONE,
 }
 
 

@@ -260,6 +260,23 @@ class PretrainStage(StageConfig):
 
 
 @dataclass
+class RewardStage(StageConfig):
+    """A reward model from `data.preferences`: pairs by Bradley-Terry, rankings of several answers by Plackett-Luce."""
+
+    learning_rate: float = 9e-6
+    label_smoothing: float = 0.0
+    """Assumed share of swapped labels."""
+    centring_weight: float = 0.0
+    """Weight of the squared sum of a prompt's scores, which draws scores towards zero. 0 turns it off."""
+    statistics_rows: int = 512
+    """Rows of `data.demonstrations` whose mean score becomes zero; their spread is stored in the model's config too."""
+    layout: Layout = Layout.auto
+    """auto | forest | sequences | padded"""
+    order: Order = Order.shuffled
+    """shuffled | stratified: micro-batches of nearly equal tokens, so that ranks do not wait and memory peaks less."""
+
+
+@dataclass
 class DPOStage(StageConfig):
     """Direct preference optimisation on `data.preferences`."""
 
@@ -304,6 +321,7 @@ class Stages:
 
     pretrain: Optional[PretrainStage] = None
     sft: Optional[SFTStage] = None
+    reward: Optional[RewardStage] = None
     dpo: Optional[DPOStage] = None
     evaluate: Optional[EvaluateStage] = None
 

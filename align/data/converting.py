@@ -24,15 +24,18 @@ READ_AS: dict[type | None, tuple[type, ...]] = {
     TextDocument: (TextDocument,),
     Demonstration: (Demonstration, PreferencePair, Ranking, Unpaired),
     PreferencePair: (PreferencePair, Ranking),
+    Ranking: (PreferencePair, Ranking),
     PromptRow: (PromptRow, Demonstration, PreferencePair, Ranking, Unpaired, TextDocument),
 }
-"""Record that is wanted (None: any, as it is) -> records it can be made from."""
+"""Record that is wanted (None: any, as it is) -> records it can be made from. A ranking may stay a pair."""
 
 
 def as_wanted(made: Sequence[Record | RowRefused], wanted: type | None, row: Mapping[str, Any], ties: Ties) -> Records:
     """The records of one row as records of the `wanted` type; refusals among them stay where they are."""
     if wanted is PreferencePair:
         return [pair for record in made for pair in _pairs(record, ties)]
+    if wanted is Ranking and ties is Ties.drop:
+        return [one for record in made for one in ([record] if isinstance(record, Ranking) else _pairs(record, ties))]
     if wanted is Demonstration:
         return [_demonstration(record) for record in made]
     if wanted is PromptRow:

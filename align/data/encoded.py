@@ -129,7 +129,7 @@ class _Part:
         self.writer.write_batch(batch)
         for name, (lengths, values) in self.digests.items():
             column = batch.column(name)
-            if pa.types.is_list(column.type):
+            while pa.types.is_list(column.type):
                 lengths.update(pc.list_value_length(column).to_numpy().astype("<i4").tobytes())
                 column = pc.list_flatten(column)
             values.update(column.to_numpy(zero_copy_only=False).tobytes())
@@ -157,7 +157,14 @@ def largest_token(rows: datasets.Dataset) -> int:
     """The largest token id in any row; 0 without rows."""
     columns = [rows.data.column(name) for name in rows.column_names if name.endswith("_ids")]
     chunks = (chunk for column in columns for chunk in column.chunks)
-    return max((pc.max(pc.list_flatten(chunk)).as_py() or 0 for chunk in chunks), default=0)
+    return max((pc.max(_flat(chunk)).as_py() or 0 for chunk in chunks), default=0)
+
+
+def _flat(column: pa.Array) -> pa.Array:
+    """The values of a column of lists, or of lists of lists."""
+    while pa.types.is_list(column.type):
+        column = pc.list_flatten(column)
+    return column
 
 
 def token_lengths(rows: datasets.Dataset, column: str) -> np.ndarray:
@@ -165,3 +172,15 @@ def token_lengths(rows: datasets.Dataset, column: str) -> np.ndarray:
     return np.concatenate(
         [np.empty(0, np.int64), *(pc.list_value_length(c).to_numpy() for c in rows.data.column(column).chunks)]
     )
+
+
+def answer_lengths(rows: datasets.Dataset) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens of every answer in `completion_ids`, rows in order, and of the longest answer of each row."""
+    every, longest = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
+    for chunk in rows.data.column("completion_ids").chunks:
+        lengths = pc.list_value_length(pc.list_flatten(chunk)).to_numpy()
+        every.append(lengths)
+        if len(chunk):
+            starts = np.concatenate([[0], np.cumsum(pc.list_value_length(chunk).to_numpy())[:-1]])
+            longest.append(np.maximum.reduceat(lengths, starts))
+    return np.concatenate(every), np.concatenate(longest)

@@ -24,8 +24,8 @@ def file_type(path: Path) -> str:
 
 
 def is_data_file(path: Path) -> bool:
-    """True for the types that `read_file` reads."""
-    return path.is_file() and file_type(path) in READERS and not path.name.startswith(".")
+    """True for the types that `read_file` reads, but for Markdown: in a folder of data that is its README."""
+    return path.is_file() and file_type(path) in READERS and path.suffix != ".md" and not path.name.startswith(".")
 
 
 def read_file(path: Path) -> Rows:
@@ -179,7 +179,7 @@ def _read_csv(path: Path) -> Rows:
 
 
 def _read_text(path: Path) -> Rows:
-    """A .txt file is one document; its line breaks are text."""
+    """A .txt or .md file is one document; its line breaks are text."""
     text = "".join(line for _, line in _lines(path))
     if text.strip():
         yield Origin(str(path), 1), {"text": text}
@@ -224,6 +224,7 @@ READERS: dict[str, Callable[[Path], Rows]] = {
     ".csv": _read_csv,
     ".tsv": _read_csv,
     ".txt": _read_text,
+    ".md": _read_text,
     ".parquet": _read_parquet,
     ".arrow": _read_arrow,
 }

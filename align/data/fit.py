@@ -21,10 +21,17 @@ def pair_tokens(row: Mapping[str, list[int]]) -> int:
     return len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"]))
 
 
+def tree_tokens(row: Mapping[str, list[int]]) -> int:
+    """Tokens of the longest of a tree's sides: the prompt with its longest completion."""
+    return len(row["prompt_ids"]) + max(map(len, row["completion_ids"]))
+
+
 def trained_tokens(row: Mapping[str, list[int]]) -> int:
     """Tokens that a row teaches: labels of a conversation, both completions of a pair."""
     if "labels" in row:
         return sum(label != NOT_TRAINED for label in row["labels"])
+    if "completion_ids" in row:
+        return sum(map(len, row["completion_ids"]))
     return len(row["chosen_ids"]) + len(row["rejected_ids"])
 
 

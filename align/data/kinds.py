@@ -7,8 +7,8 @@ from typing import Any
 import pyarrow as pa
 
 from align.data import fit, held_out
-from align.data.quality import check_demonstration, check_pair, check_text
-from align.data.records import Demonstration, PreferencePair, PromptRow, RowRefused, TextDocument
+from align.data.quality import check_demonstration, check_pair, check_record, check_text
+from align.data.records import Demonstration, Message, PreferencePair, PromptRow, Ranking, RowRefused, TextDocument
 from align.data.template import Template
 
 FIRST_CHARACTERS = 200
@@ -17,6 +17,16 @@ IDS = pa.list_(pa.int32())
 MASKED = pa.schema({"input_ids": IDS, "labels": IDS})
 PAIRS = pa.schema(
     {"prompt_ids": IDS, "chosen_ids": IDS, "rejected_ids": IDS, "p": pa.float64(), "margin": pa.float64()}
+)
+
+TREES = pa.schema(
+    {
+        "prompt_ids": IDS,
+        "completion_ids": pa.list_(IDS),
+        "ranks": pa.list_(pa.float64()),
+        "p": pa.float64(),
+        "margin": pa.float64(),
+    }
 )
 
 Columns = dict[str, Any]
@@ -56,6 +66,28 @@ def _encode_pairs(template: Template, rows: Sequence[PreferencePair]) -> list[En
     ]
 
 
+def _encode_comparisons(template: Template, rows: Sequence[PreferencePair | Ranking]) -> list[Encoded]:
+    """A pair as its two answers, the chosen one first; a ranking as it is, with p = 1."""
+    results = template.encode_trees([(row.prompt, _answers(row), row.tools) for row in rows])
+    return [
+        result if isinstance(result, RowRefused) else _tree_columns(row, *result)
+        for row, result in zip(rows, results, strict=True)
+    ]
+
+
+def _answers(row: PreferencePair | Ranking) -> tuple[Message, ...]:
+    return row.completions if isinstance(row, Ranking) else (row.chosen, row.rejected)
+
+
+def _tree_columns(row: PreferencePair | Ranking, prompt: list[int], answers: list[list[int]]) -> Encoded:
+    if len(set(map(tuple, answers))) < len(answers):
+        return RowRefused("answers_equal", "two answers have the same tokens")
+    ranked = isinstance(row, Ranking)
+    ranks = list(row.ranks) if ranked else [0.0, 1.0]
+    p, margin = (1.0, 0.0) if ranked else (row.p, row.margin)
+    return [{"prompt_ids": prompt, "completion_ids": answers, "ranks": ranks, "p": p, "margin": margin}]
+
+
 def _encode_texts(template: Template, rows: Sequence[TextDocument]) -> list[Encoded]:
     return [[{"input_ids": ids}] for ids in template.encode_texts([row.text for row in rows])]
 
@@ -77,6 +109,15 @@ PREFERENCES = Kind(
     _encode_pairs,
     fit.pair_tokens,
     PAIRS,
+)
+COMPARISONS = Kind(
+    "preferences",
+    Ranking,
+    check_record,
+    lambda row: held_out.first_turn(row.prompt),
+    _encode_comparisons,
+    fit.tree_tokens,
+    TREES,
 )
 TEXT = Kind(
     "text",

@@ -15,12 +15,12 @@ from align.data.bad_rows import BadRows, enforce_policy
 from align.data.encoded import EncodedRows
 from align.data.findings import Findings
 from align.data.formats import named_format
-from align.data.kinds import DEMONSTRATIONS, PREFERENCES, RECORDS, TEXT, Kind
-from align.data.quality import check_prompt
-from align.data.records import BadRow, PromptRow
+from align.data.kinds import COMPARISONS, DEMONSTRATIONS, PREFERENCES, RECORDS, TEXT, Kind
+from align.data.quality import check_demonstration, check_prompt
+from align.data.records import BadRow, Demonstration, PromptRow, RowRefused
 from align.data.report import CHOSEN_REASONS, RowReport
 from align.data.sources import Source, expected_rows, parse_slot, source_files, source_inputs
-from align.data.template import Template
+from align.data.template import Ids, Template
 from align.data.walk import Walked, walk
 
 Watch = Callable[[int, int | None], None]
@@ -62,6 +62,13 @@ def prepare_preferences(
     return _prepare(PREFERENCES, data, template, max_tokens, cache_dir, watch)
 
 
+def prepare_comparisons(
+    data: DataConfig, template: Template, max_tokens: int, cache_dir: Path | None, watch: Watch | None = None
+) -> Prepared:
+    """`data.preferences` as `prompt_ids`, `completion_ids`, `ranks`, `p`, `margin`; rankings stay whole."""
+    return _prepare(COMPARISONS, data, template, max_tokens, cache_dir, watch)
+
+
 def prepare_text(
     data: DataConfig, template: Template, max_tokens: int, cache_dir: Path | None, watch: Watch | None = None
 ) -> Prepared:
@@ -96,6 +103,23 @@ def _prompt_records(sources: Sequence[Source], data: DataConfig, report: RowRepo
                     report.bad_rows.add(record)
                 else:
                     yield record
+
+
+def answered_prompts(data: DataConfig, template: Template, max_tokens: int, rows: int) -> list[tuple[Ids, Ids]]:
+    """(prompt_ids, answer_ids) of the first `rows` conversations of `data.demonstrations` that are sound and fit.
+
+    The answer is the last assistant turn; what comes before is its prompt.
+    """
+    found: list[tuple[Ids, Ids]] = []
+    for source in slot_sources(data, "demonstrations"):
+        for batch in walk(source, Demonstration, check_demonstration, data)[1]:
+            records = [record for row in batch for record in row.records if isinstance(record, Demonstration)]
+            trees = template.encode_trees([(r.messages[:-1], r.messages[-1:], r.tools) for r in records])
+            pairs = [(tree[0], tree[1][0]) for tree in trees if not isinstance(tree, RowRefused)]
+            found += [pair for pair in pairs if sum(map(len, pair)) <= max_tokens]
+            if len(found) >= rows:
+                return found[:rows]
+    return found
 
 
 def check_slot(data: DataConfig, slot: str) -> None:
@@ -149,6 +173,7 @@ def _prepare(
     inputs = _inputs(sources, kind.slot)
     key = cache.cache_key(
         slot=kind.slot,
+        columns=kind.schema.names,
         sources=[source.key for source in sources],
         inputs=inputs,
         template=template.digest,

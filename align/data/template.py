@@ -24,6 +24,8 @@ PROBE = (
 )
 
 Ids = list[int]
+Answers = tuple[Sequence[Message], Sequence[Message], Sequence[str]]
+"""A prompt, several answers to it, and the tools that they may call."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,9 @@ class Template:
         chat = Chat(renderer, stop, stop_id)
         trained = ""
         for encoded in self._encode_pieces(renderer.pieces(PROBE, (), stop), chat):
-            ids, labels = _or_raise(encoded)
+            if isinstance(encoded, RowRefused):
+                raise encoded
+            ids, labels = encoded
             bos = self.tokenizer.bos_token_id
             if bos is not None and ids[:2] == [bos, bos]:
                 raise ValueError("it starts with two BOS tokens")
@@ -133,18 +137,22 @@ class Template:
         encoded = iter(self._encode_pieces(sound, chat))
         return [row if isinstance(row, RowRefused) else _all_or_refused([next(encoded) for _ in row]) for row in marked]
 
-    def encode_pairs(self, pairs: Sequence[PreferencePair]) -> list[tuple[Ids, Ids, Ids] | RowRefused]:
-        """(prompt_ids, chosen_ids, rejected_ids) of each pair, or why it cannot be used.
+    def encode_trees(self, rows: Sequence[Answers]) -> list[tuple[Ids, list[Ids]] | RowRefused]:
+        """(prompt_ids, ids of each answer) of prompts with several answers, or why a row cannot be used.
 
-        prompt_ids are what generation would be given; a completion ends with its stop token.
+        prompt_ids are what generation would be given; an answer ends with its stop token.
         """
-        rendered = [_or_refused(self._pair_texts, pair) for pair in pairs]
+        rendered = [_or_refused(self._tree_texts, row) for row in rows]
         texts = [text for row in rendered if not isinstance(row, RowRefused) for text in row]
         ids = iter(self._tokenized(texts))
         return [
-            row if isinstance(row, RowRefused) else self._pair_ids(row, next(ids), next(ids), next(ids))
-            for row in rendered
+            row if isinstance(row, RowRefused) else self._tree_ids(row, [next(ids) for _ in row]) for row in rendered
         ]
+
+    def encode_pairs(self, pairs: Sequence[PreferencePair]) -> list[tuple[Ids, Ids, Ids] | RowRefused]:
+        """(prompt_ids, chosen_ids, rejected_ids) of each pair, or why it cannot be used; see `encode_trees`."""
+        trees = self.encode_trees([(pair.prompt, (pair.chosen, pair.rejected), pair.tools) for pair in pairs])
+        return [tree if isinstance(tree, RowRefused) else _distinct(tree) for tree in trees]
 
     def encode_prompt(self, messages: Sequence[Message], tools: Sequence[str] = ()) -> Ids:
         """The ids that generation is given. Raises: RowRefused if the template does not take the conversation."""
@@ -189,31 +197,28 @@ class Template:
         self._refuse_special_tokens(row.messages, row.tools)
         return self.chat.renderer.pieces(row.messages, parsed_tools(row.tools), self.chat.stop)
 
-    def _pair_texts(self, pair: PreferencePair) -> tuple[str, str, str]:
-        """The prompt as generation would see it, and the conversation with each answer through its stop token."""
-        self._refuse_special_tokens([*pair.prompt, pair.chosen, pair.rejected], pair.tools)
-        chat, tools = self.chat, parsed_tools(pair.tools)
-        before = chat.renderer.prompt(pair.prompt, tools)
-        chosen, rejected = (
-            chat.renderer.answered(before, [*pair.prompt, answer], tools, chat.stop)[0]
-            for answer in (pair.chosen, pair.rejected)
-        )
-        return before, chosen, rejected
+    def _tree_texts(self, row: Answers) -> list[str]:
+        """The prompt as generation would see it, then the conversation with each answer through its stop token."""
+        prompt, answers, tools = row
+        self._refuse_special_tokens([*prompt, *answers], tools)
+        chat, known = self.chat, parsed_tools(tools)
+        before = chat.renderer.prompt(prompt, known)
+        whole = (chat.renderer.answered(before, [*prompt, answer], known, chat.stop)[0] for answer in answers)
+        return [before, *whole]
 
-    def _pair_ids(self, texts: tuple[str, str, str], prompt: Ids, *whole: Ids) -> tuple[Ids, Ids, Ids] | RowRefused:
-        """Completions as what follows the prompt's own tokens; tokenised apart where a token would cross the border."""
-        completions = [ids[len(prompt) :] for ids in whole]
-        if any(ids[: len(prompt)] != prompt for ids in whole):
+    def _tree_ids(self, texts: Sequence[str], ids: Sequence[Ids]) -> tuple[Ids, list[Ids]] | RowRefused:
+        """Answers as what follows the prompt's own tokens; tokenised apart where a token would cross the border."""
+        prompt, *whole = ids
+        answers = [one[len(prompt) :] for one in whole]
+        if any(one[: len(prompt)] != prompt for one in whole):
             self.borders_cut += 1
             try:
-                completions = [self._following(prompt, text[len(texts[0]) :], self.chat) for text in texts[1:]]
+                answers = [self._following(prompt, text[len(texts[0]) :], self.chat) for text in texts[1:]]
             except RowRefused as refused:
                 return refused
-        if any(ids[-1:] != [self.chat.stop_id] for ids in completions):
+        if any(one[-1:] != [self.chat.stop_id] for one in answers):
             return RowRefused("stop_not_trained", "the last token of an answer is not the stop token")
-        if completions[0] == completions[1]:
-            return RowRefused("chosen_equals_rejected", "'chosen' and 'rejected' have the same tokens")
-        return prompt, completions[0], completions[1]
+        return prompt, answers
 
     def _encode_pieces(self, pieces: Sequence[Piece], chat: Chat) -> list[tuple[Ids, Ids] | RowRefused]:
         if not pieces:
@@ -304,10 +309,11 @@ def _or_refused(render, row):
         return refused
 
 
-def _or_raise(result):
-    if isinstance(result, RowRefused):
-        raise result
-    return result
+def _distinct(tree: tuple[Ids, list[Ids]]) -> tuple[Ids, Ids, Ids] | RowRefused:
+    prompt, (chosen, rejected) = tree
+    if chosen == rejected:
+        return RowRefused("chosen_equals_rejected", "'chosen' and 'rejected' have the same tokens")
+    return prompt, chosen, rejected
 
 
 def _all_or_refused(pieces: list[tuple[Ids, Ids] | RowRefused]) -> list[tuple[Ids, Ids]] | RowRefused:

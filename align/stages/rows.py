@@ -7,7 +7,7 @@ from align import artifacts
 from align.config.errors import UserError
 from align.config.schema import RunConfig, StageConfig
 from align.data.bad_rows import TooManyBadRows
-from align.data.prepare import Prepared, prepare_demonstrations, prepare_preferences, prepare_text
+from align.data.prepare import Prepared, prepare_comparisons, prepare_demonstrations, prepare_preferences, prepare_text
 from align.data.template import Template, chat_template_text
 from align.distributed.runtime import launched_local_rank
 from align.models import load
@@ -18,6 +18,7 @@ BAD_ROWS = "bad_rows.jsonl"
 PREPARE: dict[str, Callable[..., Prepared]] = {
     "pretrain": prepare_text,
     "sft": prepare_demonstrations,
+    "reward": prepare_comparisons,
     "dpo": prepare_preferences,
 }
 """Trained stage -> what makes its rows."""

@@ -49,7 +49,7 @@ def _stage_row(manifest: Manifest) -> list[str]:
         manifest.stage,
         *(f"{number:,}" for number in numbers),
         _change(metrics, "loss", "{:.3f}"),
-        _change(metrics, "rewards/accuracies", "{:.1%}"),
+        _change(metrics, "accuracy" if "after/accuracy" in metrics else "rewards/accuracies", "{:.1%}"),
     ]
 
 

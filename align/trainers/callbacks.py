@@ -73,6 +73,7 @@ class Report(TrainerCallback):
 def held_out_figures(metrics: dict[str, Any]) -> str:
     """An evaluation in words: the loss and, of pairs, the reward accuracy."""
     words = f"held-out loss {metrics['eval_loss']:.4f}"
-    if "eval_rewards/accuracies" in metrics:
-        words += f", reward accuracy {metrics['eval_rewards/accuracies']:.1%}"
+    for name in ("eval_rewards/accuracies", "eval_accuracy"):
+        if name in metrics:
+            words += f", reward accuracy {metrics[name]:.1%}"
     return words

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from align.data.encoded import token_lengths
+from align.data.encoded import answer_lengths, token_lengths
 from align.data.fit import TOO_LONG
 from align.data.prepare import Prepared
 from align.data.report import RowReport
@@ -25,6 +25,9 @@ def lengths(prepared: Prepared) -> dict[str, dict[str, Any]]:
     found = {column.removesuffix("_ids"): _values(prepared, column) for column in columns}
     if "input" in found:
         found = {"row": found["input"]}
+    elif "completion" in found:
+        found["completion"], longest = _answers(prepared)
+        found["row"] = found["prompt"] + longest
     else:
         found["row"] = found["prompt"] + np.maximum(found["chosen"], found["rejected"])
     if not len(found["row"]):
@@ -33,6 +36,13 @@ def lengths(prepared: Prepared) -> dict[str, dict[str, Any]]:
     answers = _bin_tokens(*(values for name, values in found.items() if name in ANSWERS))
     widths = {name: answers if name in ANSWERS else _bin_tokens(values) for name, values in found.items()}
     return {name: _figures(values, widths[name]) for name, values in found.items()}
+
+
+def _answers(prepared: Prepared) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens of every answer of prompts with several, and of each prompt's longest."""
+    parts = [answer_lengths(part) for part in (prepared.train, prepared.held_out)]
+    every, longest = zip(*parts, strict=True)
+    return np.concatenate(every), np.concatenate(longest)
 
 
 def _values(prepared: Prepared, column: str) -> np.ndarray:
@@ -62,7 +72,7 @@ def _figures(values: np.ndarray, width: int) -> dict[str, Any]:
 
 def limit_cost(report: RowReport) -> dict[str, Any]:
     """What `max_tokens` leaves out: rows, and tokens that would have been trained on."""
-    trained = report.tokens.get("trained", sum(report.tokens.get(side, 0) for side in ANSWERS))
+    trained = report.tokens.get("trained", sum(report.tokens.get(side, 0) for side in (*ANSWERS, "completion")))
     rows, lost = report.dropped.get(TOO_LONG, 0), report.tokens_lost
     share_of_tokens = lost / max(lost + trained, 1)
     return {

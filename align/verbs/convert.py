@@ -108,9 +108,9 @@ def _convert(source: Source, data: DataConfig, report: RowReport, file: IO[str])
 
 
 def _expanded(record: Record | BadRow, data: DataConfig) -> list[Record | BadRow | RowRefused]:
-    if isinstance(record, Ranking) and data.rankings is Rankings.pairs:
-        return as_wanted([record], PreferencePair, {}, data.ties)
-    return [record]
+    if not isinstance(record, Ranking | PreferencePair):
+        return [record]
+    return as_wanted([record], PreferencePair if data.rankings is Rankings.pairs else Ranking, {}, data.ties)
 
 
 def _say(report: RowReport, written: Counter[str], out: Path) -> None:

@@ -264,6 +264,13 @@ def test_a_damaged_parquet_file_is_named(tmp_path):
     assert refusal(tmp_path / "a.parquet").startswith(f"{tmp_path}/a.parquet: not a sound Parquet file")
 
 
+def test_markdown_is_a_document_when_named_and_a_note_in_a_folder(tmp_path):
+    (tmp_path / "README.md").write_text("# Read me\n")
+    assert rows_of(tmp_path / "README.md") == [{"text": "# Read me\n"}]
+    (tmp_path / "a.jsonl").write_text('{"text": "row"}\n')
+    assert rows_of(tmp_path) == [{"text": "row"}]
+
+
 def test_an_unknown_file_type_lists_the_known_ones(tmp_path):
     (tmp_path / "a.docx").write_text("x")
     assert ".jsonl" in refusal(tmp_path / "a.docx")

@@ -93,6 +93,16 @@ def test_rankings_are_kept_whole_or_written_as_pairs(tmp_path):
         assert len(out.read_text().splitlines()) == count
 
 
+def test_ties_are_kept_or_dropped_as_asked(tmp_path, capsys):
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps(canonical(record)) + "\n" for record in RECORDS[3:7]))
+    for choice, count in (("keep", 4), ("drop", 2)):
+        out = tmp_path / f"{choice}.jsonl"
+        assert convert(f"data.preferences={path}", f"out={out}", f"data.ties={choice}") == 0
+        assert len(out.read_text().splitlines()) == count
+    assert "2 left out (tie 2)" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
