@@ -105,11 +105,12 @@ def _check_stage(config: RunConfig, name: str, folder: Path) -> dict[str, Any]:
 def _check_trained(config: RunConfig, name: str, folder: Path) -> tuple[dict[str, Any], RowReport]:
     model = starting_model(config, name)
     prepared = prepare_rows(config, name, load_template(config, model), folder)
-    report = prepared.report
+    report, found_lengths = prepared.report, lengths(prepared)
+    del prepared  # its mapped files would count as memory while the deep checks run
     judged_by_prompts = "evaluate" in config.run and _not_there(config, "evaluate") is None
     deep = deep_findings(config.data, SLOTS[name], report.read, judged_by_prompts=judged_by_prompts)
     findings = report.findings + [asdict(finding) for finding in deep]
-    entry = {"model": model, "lengths": lengths(prepared), "limit": limit_cost(report), "findings": findings}
+    entry = {"model": model, "lengths": found_lengths, "limit": limit_cost(report), "findings": findings}
     return entry, report
 
 
