@@ -84,6 +84,11 @@ def check_chain(config: RunConfig, run_dir: Path) -> None:
             _check_context_length(config, name, stage)
         for slot in slots_of(name):
             check_slot(config.data, slot)
+    if "reward" in config.run and config.peft.keep_adapter:
+        raise UserError(
+            "peft.keep_adapter=true: a reward model is saved whole, with its centre; leave keep_adapter out: the "
+            "adapter is kept beside it anyway"
+        )
     check_wandb(config.log)
 
 

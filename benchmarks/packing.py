@@ -32,7 +32,7 @@ from align.data.balance import micro_batch_tokens, stratified_order, wasted_shar
 from align.data.plain import PLAIN_TEMPLATE
 from align.data.prepare import prepare_demonstrations, prepare_preferences
 from align.data.template import Template
-from align.trainers.pairs import tree_tokens
+from align.trainers.order import tree_tokens
 
 ROOT = Path(__file__).resolve().parent.parent
 ROWS = Path(os.environ.get("ALIGN_REAL_DATA", ROOT.parent / "shared" / "data")) / "hh_rlhf_harmless_test/test.jsonl.gz"

@@ -117,7 +117,7 @@ RULES: tuple[Rule, ...] = (
     (
         "peft.dropout",
         lambda t: not {"sft", "pretrain"} & set(t.config.run),
-        "DPO trains without dropout, so that policy and reference are the same network",
+        "DPO and reward models train without dropout, so that what is compared comes from one network",
     ),
     *(
         (key, lambda t: t.config.deepspeed.mode is not ZeroChoice.zero, "only ZeRO reads it; add deepspeed=zero2")

@@ -6,7 +6,8 @@
     sequences  rows (R, W) of whole prompt + completion sequences, told apart by position ids that restart at 0
     padded     one prompt + completion a row, right-padded, with the usual 2-D mask
 
-A completion's last token predicts nothing, so it is a target but never an input.
+Where tokens are predicted (`lay_out`), a completion's last token predicts nothing: it is a target but never an input.
+Where completions are scored (`lay_out_scores`), it is an input, and the score is read at it.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,7 +22,7 @@ from align.config.schema import Layout
 
 @dataclass(frozen=True)
 class Tree:
-    """One prompt and its completions, as token ids; every completion token is scored, no prompt token is."""
+    """One prompt and its completions, as token ids; only completion tokens are read, none of the prompt."""
 
     prompt: Sequence[int]
     completions: Sequence[Sequence[int]]
@@ -51,8 +52,7 @@ def lay_out(trees: Sequence[Tree], layout: Layout, pad_token_id: int) -> dict[st
         and `position_ids` + `forest_table`, or `position_ids`, or `attention_mask`, by layout.
     `forest_table` (1, 1, trees, 1 + K) holds the input lengths of the prompt and of each completion.
     """
-    lay = {Layout.forest: _forest, Layout.sequences: _sequences, Layout.padded: _padded}[layout]
-    inputs, starts = lay(trees, pad_token_id)
+    inputs, starts = _LAYOUTS[layout](trees, pad_token_id)
     completions = [completion for tree in trees for completion in tree.completions]
     return {
         **inputs,
@@ -62,7 +62,29 @@ def lay_out(trees: Sequence[Tree], layout: Layout, pad_token_id: int) -> dict[st
     }
 
 
-# Each returns the inputs, and the scoring positions of every completion.
+def lay_out_scores(
+    trees: Sequence[Tree], layout: Layout, pad_token_id: int, *, every_token: bool = False
+) -> dict[str, Tensor]:
+    """The model's inputs and where to read the score of each completion: at its last token.
+
+    Returns: input_ids (R, W), and
+        positions (C,)   index into the flattened R x W positions of the last token of each completion, in order;
+                         with `every_token`, of each of its tokens (S,)
+        tree (C,)        which tree a completion belongs to
+        and `position_ids` + `forest_table`, or `position_ids`, or `attention_mask`, by layout, as `lay_out` does.
+    """
+    # A last token is never an input, so one more token a completion makes an input of the real last one.
+    longer = [Tree(tree.prompt, [[*completion, pad_token_id] for completion in tree.completions]) for tree in trees]
+    inputs, positions = _LAYOUTS[layout](longer, pad_token_id)
+    first = 1 if every_token else -1
+    return {
+        **inputs,
+        "positions": torch.tensor([position for places in positions for position in places[first:]]),
+        "tree": torch.arange(len(trees)).repeat_interleave(torch.tensor([len(tree.completions) for tree in trees])),
+    }
+
+
+# Each returns the inputs, and the positions before the tokens of every completion.
 _Laid = tuple[dict[str, Tensor], list[list[int]]]
 
 
@@ -132,6 +154,9 @@ def _scoring_positions(trees: Sequence[Tree], starts: Sequence[int]) -> list[lis
     ]
 
 
+_LAYOUTS = {Layout.forest: _forest, Layout.sequences: _sequences, Layout.padded: _padded}
+
+
 def best_fit_rows(lengths: Sequence[int], width: int) -> list[list[int]]:
     """Indices of `lengths` in rows of at most `width`, longest first, each into the fullest row that takes it."""
     rows: list[list[int]] = []
@@ -164,7 +189,30 @@ class PairCollator:
             for key in per_pair
             if key in rows[0]
         }
-        # One label a pair, so that the Trainer's num_items_in_batch counts pairs; `shift_labels` is what it counts
-        # for models whose own loss shifts labels (transformers 5.23, contract test).
-        batch["labels"] = batch["shift_labels"] = torch.ones(len(rows), dtype=torch.long)
-        return batch
+        return batch | one_label_a_row(len(rows))
+
+
+@dataclass(frozen=True)
+class RewardCollator:
+    """Rows of completions with ranks -> the tensors of `lay_out_scores`, with ranks (C,), p and margin (trees,)."""
+
+    layout: Layout
+    pad_token_id: int
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        trees = [Tree(row["prompt_ids"], row["completion_ids"]) for row in rows]
+        batch = lay_out_scores(trees, self.layout, self.pad_token_id)
+        batch["ranks"] = torch.tensor([rank for row in rows for rank in row["ranks"]], dtype=torch.float64)
+        for key in ("p", "margin"):
+            batch[key] = torch.tensor([float(row[key]) for row in rows], dtype=torch.float64)
+        assert len(batch["ranks"]) == len(batch["tree"]), "one rank a completion"
+        return batch | one_label_a_row(len(rows))
+
+
+def one_label_a_row(rows: int) -> dict[str, Tensor]:
+    """Labels (rows,) for the Trainer, whose num_items_in_batch then counts rows.
+
+    `shift_labels` is what it counts for models whose own loss shifts labels (transformers 5.23, contract test).
+    """
+    labels = torch.ones(rows, dtype=torch.long)
+    return {"labels": labels, "shift_labels": labels}

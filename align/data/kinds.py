@@ -84,7 +84,8 @@ def _tree_columns(row: PreferencePair | Ranking, prompt: list[int], answers: lis
         return RowRefused("answers_equal", "two answers have the same tokens")
     ranked = isinstance(row, Ranking)
     ranks = list(row.ranks) if ranked else [0.0, 1.0]
-    p, margin = (1.0, 0.0) if ranked else (row.p, row.margin)
+    # A tie has no better side for a margin to favour.
+    p, margin = (1.0, 0.0) if ranked else (row.p, row.margin if row.p != 0.5 else 0.0)
     return [{"prompt_ids": prompt, "completion_ids": answers, "ranks": ranks, "p": p, "margin": margin}]
 
 

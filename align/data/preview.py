@@ -2,6 +2,7 @@
 
 import json
 import random
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby, pairwise
@@ -12,7 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from transformers import PreTrainedTokenizerBase
 
-from align.data.fit import NOT_TRAINED, TOO_LONG, demonstration_tokens, pair_tokens, trained_tokens
+from align.data.fit import NOT_TRAINED, TOO_LONG, demonstration_tokens, trained_tokens
 from align.data.prepare import Prepared
 from align.data.records import BadRow
 
@@ -86,6 +87,9 @@ def _labelled_rows(prepared: Prepared, stop_token_ids: Collection[int], seed: in
 
 def _lengths(table: pa.Table) -> np.ndarray:
     """Tokens of each row, as max_tokens counts them."""
+    if "completion_ids" in table.column_names:
+        prompts = pc.list_value_length(table["prompt_ids"]).to_numpy()
+        return prompts + [max(map(len, answers)) for answers in table["completion_ids"].to_pylist()]
     lengths = {
         name: pc.list_value_length(table[name]).to_numpy() for name in table.column_names if name.endswith("_ids")
     }
@@ -122,15 +126,26 @@ def _sample(
         roles = [CONTEXT if token == NOT_TRAINED else TRAINED for token in row["labels"]]
         segments = _segments(tokenizer, row["input_ids"], _with_stops(row["input_ids"], roles, stop_token_ids))
         return Sample(label, slot, segments, {"all": demonstration_tokens(row), "trained": trained_tokens(row)})
-    prompt = row["prompt_ids"]
+    prompt, answers = row["prompt_ids"], _answers(row)
     segments = _segments(tokenizer, prompt, [PROMPT] * len(prompt))
-    for role in (CHOSEN, REJECTED):
-        ids = row[f"{role}_ids"]
+    for role, ids in answers:
         roles = [PROMPT] * len(prompt) + [role] * len(ids)
         both = _segments(tokenizer, prompt + ids, _with_stops(prompt + ids, roles, stop_token_ids))
         segments += [segment for segment in both if segment.role != PROMPT]
-    tokens = {role: len(row[f"{role}_ids"]) for role in (PROMPT, CHOSEN, REJECTED)}
-    return Sample(label, slot, segments, tokens | {"longer side": pair_tokens(row)})
+    tokens = Counter({PROMPT: len(prompt)})
+    for role, ids in answers:
+        tokens[role] += len(ids)
+    longest = len(prompt) + max(len(ids) for _, ids in answers)
+    return Sample(label, slot, segments, dict(tokens) | {"longer side": longest})
+
+
+def _answers(row: dict[str, Any]) -> list[tuple[str, list[int]]]:
+    """The answers of a pair, or of a ranking from the best to the worst; all but the best ones count as rejected."""
+    if "completion_ids" not in row:
+        return [(CHOSEN, row["chosen_ids"]), (REJECTED, row["rejected_ids"])]
+    best = min(row["ranks"])
+    ranked = sorted(zip(row["ranks"], row["completion_ids"], strict=True), key=lambda answer: answer[0])
+    return [(CHOSEN if rank == best else REJECTED, ids) for rank, ids in ranked]
 
 
 def _with_stops(ids: Sequence[int], roles: list[str], stop_token_ids: Collection[int]) -> list[str]:

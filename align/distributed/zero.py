@@ -3,8 +3,11 @@
 import contextlib
 import io
 import os
+from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from typing import Any
+
+from torch import nn
 
 from align.config.errors import UserError
 from align.config.schema import DeepSpeedConfig, Offload, ZeroChoice
@@ -86,3 +89,19 @@ def zero_dict(stage: int, offload: Offload, *, bf16: bool) -> dict[str, Any]:
         "steps_per_print": 10**9,
         **{name: "auto" for name in automatic},
     }
+
+
+@contextlib.contextmanager
+def whole(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Inside, parameters that ZeRO-3 has sharded are whole on every rank; what rank 0 writes into them is kept.
+
+    Parameters that are not sharded are left as they are. Call it on every rank.
+    """
+    if not any(hasattr(parameter, "ds_id") for parameter in parameters):
+        yield
+        return
+    import deepspeed
+
+    # Without modifier_rank what was written is dropped, and nothing is said (deepspeed 0.19.8).
+    with deepspeed.zero.GatheredParameters(list(parameters), modifier_rank=0):
+        yield

@@ -1,7 +1,7 @@
 """Which batch layout a model computes exactly, proven on one real batch before anything is trained."""
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -15,8 +15,8 @@ from align.config.schema import Layout
 from align.data.forest import Tree, lay_out
 from align.models.attention import FOREST_ATTENTION, forest_masks
 
-# Mean difference of token log-probabilities that is rounding for sure. On top of it comes three times what right
-# padding, which every causal model computes exactly, differs by: bf16 rounds the logits of large models by 0.01 to 0.1.
+# Mean difference of what is read that is rounding for sure. On top of it comes three times what right padding,
+# which every causal model computes exactly, differs by: bf16 rounds the logits of large models by 0.01 to 0.1.
 # A wrong mask or window shows as 0.01 to 0.3 (small random models, transformers 5.23, 2026-11).
 FLOOR = {torch.float64: 1e-7, torch.float32: 1e-5, torch.bfloat16: 2e-3, torch.float16: 5e-4}
 ROUNDING_SHARE = 0.05
@@ -62,6 +62,15 @@ def detach(model: nn.Module, implementation: str) -> None:
         plain.set_attn_implementation(implementation)
 
 
+def model_inputs(plain: PreTrainedModel, batch: Mapping[str, Tensor]) -> dict[str, Any]:
+    """What a forward of the model itself takes of a batch: tokens, their places and the mask of its layout."""
+    inputs: dict[str, Any] = {"input_ids": batch["input_ids"], "use_cache": False}
+    inputs |= {key: batch[key] for key in ("position_ids", "attention_mask") if key in batch}
+    if "forest_table" in batch:
+        inputs["attention_mask"] = forest_masks(plain.config, batch["forest_table"])
+    return inputs
+
+
 def scored_logits(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     """The rows of logits that predict `targets`, (S, V), from a batch of `lay_out`.
 
@@ -69,10 +78,7 @@ def scored_logits(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     """
     plain = plain_model(model)
     positions, width = batch["positions"], batch["input_ids"].shape[1]
-    inputs: dict[str, Any] = {"input_ids": batch["input_ids"], "use_cache": False}
-    inputs |= {key: batch[key] for key in ("position_ids", "attention_mask") if key in batch}
-    if "forest_table" in batch:
-        inputs["attention_mask"] = forest_masks(plain.config, batch["forest_table"])
+    inputs = model_inputs(plain, batch)
     takes_columns = "logits_to_keep" in inspect.signature(type(plain).forward).parameters
     if not takes_columns or _prompt_learning(model):
         # Virtual tokens come first, so real positions are counted from the end.
@@ -86,6 +92,26 @@ def scored_logits(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     return logits.flatten(0, 1)[kept]
 
 
+def _target_logps(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+    logits = scored_logits(model, batch).float()
+    return logits.log_softmax(-1).gather(-1, batch["targets"][:, None]).squeeze(-1)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What is read of a model, one number for each completion token, and must be the same in every layout."""
+
+    name: str
+    lay_out: Callable[[Sequence[Tree], Layout, int], dict[str, Tensor]]
+    read: Callable[[nn.Module, Mapping[str, Tensor]], Tensor]
+    """Batch of `lay_out` -> (S,), completions in order."""
+    relative: bool
+    """Differences count in standard deviations of what plain forwards give: the numbers have no scale of their own."""
+
+
+TOKEN_LOGPS = Reading("log-probabilities", lay_out, _target_logps, relative=False)
+
+
 def prove_layout(
     model: nn.Module,
     trees: Sequence[Tree],
@@ -93,21 +119,30 @@ def prove_layout(
     *,
     pad_token_id: int,
     device: torch.device,
+    reading: Reading = TOKEN_LOGPS,
 ) -> ProvenLayout:
-    """The first layout that gives every token the log-probability it has in its sequence alone; the model is left
-    attached to it.
+    """The first layout in which `reading` gives every completion token the number it has in its sequence alone; the
+    model is left attached to it.
 
-    `trees` are real ones, longest first: two are enough to show a leak between neighbours, and the longest shows
-    windows. Every rank must call it with the same trees, whatever wraps the model (ZeRO-3 gathers in step).
+    `trees` are real ones, longest first: two are enough to show a leak between trees, and the longest shows windows.
+    Shortened copies go with them, because sequences that fill a row each show no leak between those of a row.
+    Every rank must call it with the same trees, whatever wraps the model (ZeRO-3 gathers in step).
     Raises: UserError if `requested` is not `auto` and the model cannot take it.
     """
     training = model.training
+    trees = [*trees, *map(_shortened, trees)]
     model.eval()
     try:
         with torch.no_grad():
-            return _Probe(model, trees, pad_token_id, device).first_exact(requested)
+            return _Probe(model, trees, pad_token_id, device, reading).first_exact(requested)
     finally:
         model.train(training)
+
+
+def _shortened(tree: Tree) -> Tree:
+    """The first third of the prompt and of each completion."""
+    prompt, *completions = (ids[: -(-len(ids) // 3)] for ids in (tree.prompt, *tree.completions))
+    return Tree(prompt, completions)
 
 
 @dataclass(frozen=True)
@@ -118,16 +153,16 @@ class _Probe:
     trees: Sequence[Tree]
     pad_token_id: int
     device: torch.device
+    reading: Reading
 
     def first_exact(self, requested: Layout) -> ProvenLayout:
         if requested is Layout.padded:
             return ProvenLayout(Layout.padded, "requested")
-        alone = self._logps_alone()
-        noise = (self._logps(self.trees, Layout.padded) - alone).abs().mean().item()
+        alone = self._read_alone()
         dtype = plain_model(self.model).dtype
-        allowed = FLOOR[dtype] + 3 * noise
+        allowed = FLOOR[dtype] + 3 * self._difference(self.trees, Layout.padded, alone)
         if dtype.itemsize == 2:
-            allowed += ROUNDING_SHARE * (self._logps(self._unseparated(), Layout.padded) - alone).abs().mean().item()
+            allowed += ROUNDING_SHARE * self._difference(self._unseparated(), Layout.padded, alone)
         reasons = []
         for layout in (Layout.forest, Layout.sequences) if requested is Layout.auto else (requested,):
             problem = self._problem(layout, alone, allowed)
@@ -147,27 +182,30 @@ class _Probe:
         if layout is Layout.forest and plain.config._attn_implementation != FOREST_ATTENTION:
             return f"{type(plain).__name__} does not take another attention function"
         try:
-            packed = self._logps(self.trees, layout)
+            difference = self._difference(self.trees, layout, alone)
         # A model may fail in its own way on a mask it does not know; each way is a no, and is quoted.
         except Exception as error:
             detach(self.model, before)
             return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-        difference = (packed - alone).abs().mean().item()
         if difference <= allowed:
             return None
         detach(self.model, before)
-        return f"log-probabilities differ by {difference:.2g} on average from a plain forward"
+        return f"{self.reading.name} differ by {difference:.2g} on average from a plain forward"
 
     def _unseparated(self) -> list[Tree]:
         """The trees with completions that see each other: how large a difference is that a wrong mask makes."""
         return [Tree(tree.prompt, ([*chain(*tree.completions)],)) for tree in self.trees]
 
-    def _logps(self, trees: Sequence[Tree], layout: Layout) -> Tensor:
-        batch = {key: value.to(self.device) for key, value in lay_out(trees, layout, self.pad_token_id).items()}
-        logits = scored_logits(self.model, batch).float()
-        return logits.log_softmax(-1).gather(-1, batch["targets"][:, None]).squeeze(-1).cpu()
+    def _difference(self, trees: Sequence[Tree], layout: Layout, alone: Tensor) -> float:
+        """Mean difference of what is read in `layout` from what plain forwards gave."""
+        difference = (self._read(trees, layout) - alone).abs().mean()
+        return (difference / alone.std() if self.reading.relative else difference).item()
 
-    def _logps_alone(self) -> Tensor:
-        """Log-probability of every target from a forward of its sequence by itself, no packing and no padding."""
+    def _read(self, trees: Sequence[Tree], layout: Layout) -> Tensor:
+        batch = self.reading.lay_out(trees, layout, self.pad_token_id)
+        return self.reading.read(self.model, {key: value.to(self.device) for key, value in batch.items()}).cpu()
+
+    def _read_alone(self) -> Tensor:
+        """What is read in a forward of each sequence by itself, no packing and no padding."""
         alone = [Tree(tree.prompt, (completion,)) for tree in self.trees for completion in tree.completions]
-        return torch.cat([self._logps([one], Layout.padded) for one in alone])
+        return torch.cat([self._read([one], Layout.padded) for one in alone])

@@ -7,7 +7,14 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from align.config.errors import UserError
 from align.config.schema import ModelConfig, Precision
@@ -111,7 +118,7 @@ def load_tokenizer(name: str, model: ModelConfig, chat_template: str | None) -> 
         )
     # The tokenizers library raises a bare Exception for a file that it does not understand.
     except Exception as error:
-        raise _not_loaded(name, "tokenizer", error) from error
+        raise not_loaded(name, "tokenizer", error) from error
     if chat_template is not None:
         tokenizer.chat_template = chat_template
     if tokenizer.pad_token is None:
@@ -134,12 +141,12 @@ def load_model(name: str, model: ModelConfig, dtype: torch.dtype, *, seed: int) 
             path, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **options
         )
     except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
-        raise _not_loaded(name, "model", error) from error
-    _refuse_made_up(name, report)
+        raise not_loaded(name, "model", error) from error
+    refuse_made_up(name, report)
     return loaded
 
 
-def _refuse_made_up(name: str, report: dict[str, Any]) -> None:
+def refuse_made_up(name: str, report: dict[str, Any]) -> None:
     """Refuse a model with tensors that its weight files lack or hold in another shape."""
     wrong = [f"{key} is missing" for key in sorted(report["missing_keys"])]
     wrong += [
@@ -153,7 +160,7 @@ def _refuse_made_up(name: str, report: dict[str, Any]) -> None:
         )
 
 
-def _not_loaded(name: str, part: str, error: Exception) -> UserError:
+def not_loaded(name: str, part: str, error: Exception) -> UserError:
     reason = f"{type(error).__name__}: {_first_line(error)}"
     if Path(resolve_model(name)).exists():
         return UserError(f"{name}: the {part} cannot be loaded ({reason}); save it again with save_pretrained")
@@ -175,8 +182,10 @@ def check_saved_model(path: Path, model: ModelConfig) -> None:
     Raises: AssertionError naming the tensors; a manifest must never vouch for a model that does not load.
     """
     config = AutoConfig.from_pretrained(path, trust_remote_code=model.trust_remote_code)
+    scores = any(name.endswith("ForSequenceClassification") for name in config.architectures or ())
+    auto = AutoModelForSequenceClassification if scores else AutoModelForCausalLM
     with torch.device("meta"):
-        expected = AutoModelForCausalLM.from_config(config, trust_remote_code=model.trust_remote_code)
+        expected = auto.from_config(config, trust_remote_code=model.trust_remote_code)
     tied = set(expected.all_tied_weights_keys)
     shapes = {}
     for file in path.glob("*.safetensors"):

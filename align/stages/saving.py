@@ -1,11 +1,12 @@
-"""A trained policy on disk: complete or not at all."""
+"""A trained model on disk: complete or not at all."""
 
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedModel, Trainer
+from transformers import PreTrainedConfig, PreTrainedModel, Trainer
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from align.config.schema import PeftMethod
@@ -15,23 +16,27 @@ from align.models.peft import merged_model
 from align.stages.context import RunContext
 from align.stages.session import Session
 
-POLICY = "policy"
+POLICY, REWARD_MODEL = "policy", "reward_model"
 ADAPTER = "adapter"
 
+Finish = Callable[[PreTrainedConfig], None]
+"""Puts what was found out after training into a model's config, before it is written."""
 
-def save_policy(session: Session, trainer: Trainer) -> None:
-    """Write `policy/` (and `adapter/`), complete or not at all: written beside, checked, then renamed."""
+
+def save_model(session: Session, trainer: Trainer, name: str, finish: Finish = lambda config: None) -> None:
+    """Write `<name>/` (and `adapter/`), complete or not at all: written beside, checked, then renamed."""
     context = session.context
-    partial, adapter = (_partial(context, name) for name in (POLICY, ADAPTER))
+    partial, adapter = (_partial(context, folder) for folder in (name, ADAPTER))
     if context.runtime.is_main:
         for unfinished in (partial, adapter):
             shutil.rmtree(unfinished, ignore_errors=True)
     runtime.barrier()
     trainer.model.config.use_cache = True
     if context.config.peft.method is PeftMethod.none:
+        finish(trainer.model.config)
         _save_weights(session, trainer, partial)
     else:
-        _save_adapter(session, trainer, adapter, partial)
+        _save_adapter(session, trainer, adapter, partial, finish)
     unset_hf_deepspeed_config()  # else ZeRO-3 would shard whatever is loaded next
     if context.runtime.is_main:
         session.tokenizer.save_pretrained(partial)
@@ -77,7 +82,7 @@ def _save_in_precision(session: Session, model: PreTrainedModel, folder: Path) -
     model.save_pretrained(folder)
 
 
-def _save_adapter(session: Session, trainer: Trainer, adapter: Path, folder: Path) -> None:
+def _save_adapter(session: Session, trainer: Trainer, adapter: Path, folder: Path, finish: Finish) -> None:
     context, config = session.context, session.context.config
     trainer.save_model(str(adapter))
     if not context.runtime.is_main:
@@ -90,4 +95,5 @@ def _save_adapter(session: Session, trainer: Trainer, adapter: Path, folder: Pat
     else:
         unset_hf_deepspeed_config()  # else ZeRO-3 would shard the base
         model = merged_model(session.stage.policy, adapter, config.model, seed=session.stage.seed)
+        finish(model.config)
         _save_in_precision(session, model, folder)

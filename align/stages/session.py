@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import TaskType
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
@@ -18,6 +19,7 @@ from align.data.template import Template
 from align.distributed import runtime, zero
 from align.models import load
 from align.models.peft import add_adapter
+from align.models.reward import load_reward_model
 from align.stages.context import RunContext, plain
 from align.stages.rows import load_template, prepare_rows, report_rows
 from align.tracking.local import MetricsLog
@@ -60,13 +62,17 @@ class Session:
             fresh=self.resume_from is None,
         )
 
-    def load_plain(self, name: str) -> PreTrainedModel:
-        """A model as this run computes with it, without adapter. Call after TrainingArguments were made (ZeRO-3)."""
+    def load_plain(self, name: str, *, scores: bool = False) -> PreTrainedModel:
+        """A model as this run computes with it, without adapter; with a score head if `scores`.
+
+        Call after TrainingArguments were made (ZeRO-3).
+        """
         config = self.context.config
         # With DeepSpeed or an adapter the fp32 masters live elsewhere; else autocast needs fp32 weights.
         half = self.machine.bf16 and (self.machine.zero is not None or config.peft.method is not PeftMethod.none)
         dtype = torch.bfloat16 if half else torch.float32
-        model = load.load_model(name, config.model, dtype, seed=self.stage.seed)
+        load_any = load_reward_model if scores else load.load_model
+        model = load_any(name, config.model, dtype, seed=self.stage.seed)
         _refuse_unknown_tokens(self, name, model.config.get_text_config().vocab_size)
         model.config.use_cache = False
         return model
@@ -75,6 +81,12 @@ class Session:
         """The policy, with its adapter if any. Call after TrainingArguments were made (ZeRO-3)."""
         model = self.load_plain(self.stage.policy)
         return add_adapter(model, self.context.config.peft, seed=self.stage.seed, zero3=self.zero_stage == 3)
+
+    def load_scorer(self) -> PreTrainedModel:
+        """The policy with a score head, with its adapter if any. Call after TrainingArguments were made (ZeRO-3)."""
+        model = self.load_plain(self.stage.policy, scores=True)
+        peft, zero3 = self.context.config.peft, self.zero_stage == 3
+        return add_adapter(model, peft, seed=self.stage.seed, zero3=zero3, task=TaskType.SEQ_CLS)
 
 
 def open_session(stage: StageConfig, context: RunContext) -> Session:

@@ -3,11 +3,12 @@
 from collections.abc import Callable
 
 from align.artifacts import Manifest
-from align.stages import dpo, evaluate, sft
+from align.stages import dpo, evaluate, reward, sft
 
 RUN: dict[str, Callable[..., Manifest]] = {
     "pretrain": sft.run,
     "sft": sft.run,
+    "reward": reward.run,
     "dpo": dpo.run,
     "evaluate": evaluate.run,
 }

@@ -1,5 +1,7 @@
 """Train, judge before and after, save, sign."""
 
+from collections.abc import Mapping
+
 from transformers import Trainer
 
 from align import artifacts
@@ -7,7 +9,7 @@ from align.artifacts import Manifest
 from align.config.schema import PeftMethod
 from align.distributed import runtime
 from align.stages.context import stage_record
-from align.stages.saving import ADAPTER, POLICY, save_policy
+from align.stages.saving import ADAPTER, POLICY, save_model
 from align.stages.session import Session
 from align.tracking.local import MetricsLog, read_metrics
 from align.trainers.quiet import quiet_trainer
@@ -15,13 +17,25 @@ from align.trainers.quiet import quiet_trainer
 
 def train_and_sign(session: Session, trainer: Trainer) -> Manifest:
     """Run the trainer to its end, judge it once more, save the policy, and return the manifest to be written."""
+    train(session, trainer)
+    save_model(session, trainer, POLICY)
+    return sign(session, trainer, [POLICY])
+
+
+def train(session: Session, trainer: Trainer) -> None:
+    """Run the trainer to its end, from a checkpoint if there is one, and judge it once more on the held-out rows."""
     assert not session.zero_stage or trainer.is_deepspeed_enabled, "ZeRO was asked for, but the trainer runs without it"
     quiet_trainer(trainer)
     trainer.train(resume_from_checkpoint=str(session.resume_from) if session.resume_from else None)
     if len(session.prepared.held_out) and not _judged_at_end(session, trainer):
         trainer.evaluate()
-    save_policy(session, trainer)
-    manifest = _manifest(session, trainer.state.global_step)
+
+
+def sign(
+    session: Session, trainer: Trainer, outputs: list[str], figures: Mapping[str, float] | None = None
+) -> Manifest:
+    """The manifest to be written, once `outputs` are there; `figures` join those of the first and last evaluation."""
+    manifest = _manifest(session, trainer.state.global_step, outputs, figures or {})
     session.wandb_run.finish(manifest.metrics)
     return manifest
 
@@ -32,20 +46,20 @@ def _judged_at_end(session: Session, trainer: Trainer) -> bool:
     return runtime.from_main(judged)
 
 
-def _manifest(session: Session, steps: int) -> Manifest:
+def _manifest(session: Session, steps: int, outputs: list[str], figures: Mapping[str, float]) -> Manifest:
     context, report = session.context, session.prepared.report
-    names = [POLICY] if context.config.peft.method is PeftMethod.none else [POLICY, ADAPTER]
+    names = outputs if context.config.peft.method is PeftMethod.none else [*outputs, ADAPTER]
     record = stage_record(context.config, context.stage_name, context.run_dir)
-    outputs = artifacts.list_outputs(context.stage_dir, names) if context.runtime.is_main else []
+    written = artifacts.list_outputs(context.stage_dir, names) if context.runtime.is_main else []
     return Manifest(
         stage=context.stage_name,
         config=record,
         config_digest=artifacts.digest_value(record),
         inputs=session.inputs,
-        outputs=outputs,
+        outputs=written,
         rows=report.counts(),
         steps=steps,
-        metrics=before_and_after(session.log),
+        metrics=before_and_after(session.log) | dict(figures),
         seed=session.stage.seed,
         world_size=session.machine.world_size,
         zero_stage=session.zero_stage,

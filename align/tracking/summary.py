@@ -85,14 +85,16 @@ def _where(config: RunConfig, run_dir: Path, manifests: list[Manifest]) -> list[
     places: dict[str, Any] = {}
     trained = [m.stage for m in manifests if m.steps]
     if trained:
-        places["model"] = run_dir / trained[-1] / "policy"
+        places["model"] = run_dir / trained[-1] / ("reward_model" if trained[-1] == "reward" else "policy")
+        if trained[-1] == "reward":
+            places["report"] = run_dir / "reward" / "reward_report.html"
         if config.peft.method is not PeftMethod.none:
             places["adapter"] = run_dir / trained[-1] / "adapter"
     if any(m.stage == "evaluate" for m in manifests):
         places["samples"] = run_dir / "evaluate" / "samples.jsonl"
     if wandb_mode(config.log) == "offline":
         places["wandb"] = f"wandb sync {shlex.quote(str(run_dir / 'wandb'))}/offline-run-*"
-    if trained:
+    if trained and trained[-1] != "reward":
         places["next"] = _next_command(config, trained[-1], shlex.quote(str(places["model"])))
     return [f"{name:<8} {place}" for name, place in places.items()]
 

@@ -2,9 +2,9 @@
 
 from typing import Any
 
+from align.tracking.page import Html, histogram, html, legend, page, table
 from align.verbs.check_lengths import ANSWERS
 from align.verbs.check_text import counts_line, limit_line, places, worth_saying
-from align.verbs.page import Html, histogram, html, legend, page, table
 
 STYLE = """
 .verdict { font-size: 1.25rem; font-weight: 600; margin: .25rem 0 0; }

@@ -25,7 +25,7 @@ from align.data.preview import (
 )
 from align.data.template import Template
 from align.stages.rows import load_template, prepare_rows, starting_model, trained_stages
-from align.verbs.page import page
+from align.tracking.page import page
 
 SHOWN_PROBLEMS = 5
 OPEN, CLOSE = "⟦", "⟧"

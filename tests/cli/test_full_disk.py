@@ -82,7 +82,7 @@ def test_a_full_cache_is_named_and_leaves_no_rows(disk, model, rows, tmp_path, c
     folder = disk("size=8k")
     arguments = command(model, rows, tmp_path, f"cache_dir={folder}")
     assert f"cache_dir={folder}: the tokenised rows cannot be written there (No space" in refusal(capsys, arguments)
-    assert [path for path in folder.rglob("*") if path.is_file()] == []
+    assert [path for path in folder.rglob("*") if path.is_file() and path.parent.name != "locks"] == []
     assert looks_complete(tmp_path) == []
     disk(ROOM_FOR_ALL)
     assert_goes_on(capsys, arguments, tmp_path / "run/dpo")

@@ -82,6 +82,11 @@ def test_a_model_that_carries_state_along_the_row_falls_back_to_padding(name):
     torch.testing.assert_close(logps(model, TREES, Layout.padded), expected, rtol=0, atol=2e-5)
 
 
+def test_a_leak_along_the_row_is_found_out_on_rows_that_all_have_one_length():
+    trees = random_trees([(11, 9, 9), (11, 9, 9)])
+    assert prove_layout(tiny("mamba"), trees, Layout.auto, pad_token_id=0, device=CPU).layout is Layout.padded
+
+
 @pytest.mark.parametrize("name", ["qwen2_windows", "mistral_window", "phi3_window", "gemma3"])
 def test_a_forgotten_window_is_found_out(name, monkeypatch):
     whole = attention.forest_table

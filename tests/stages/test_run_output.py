@@ -94,7 +94,7 @@ def test_an_evaluation_done_after_the_last_checkpoint_is_not_logged_twice(tmp_pa
 
     line = ("run=[sft]", "stages.sft.save_every=3", "log.every=1")
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(training, "save_policy", interrupt)
+        patch.setattr(training, "save_model", interrupt)
         run(tmp_path, *line)
     before = read_metrics(tmp_path / "run/sft/metrics.jsonl")
     assert [entry["step"] for entry in before] == [0, 1, 2, 3, 3]

@@ -13,7 +13,8 @@ from transformers import TrainingArguments
 from align.config.schema import Layout, Order
 from align.data.balance import stratified_order, wasted_share
 from align.losses.pairwise import PairObjective
-from align.trainers.pairs import PairTrainer, StratifiedRows, tree_tokens
+from align.trainers.order import StratifiedRows, tree_tokens
+from align.trainers.pairs import PairTrainer
 from tests.models.families import tiny
 from tests.trainers.test_pairs import pairs, referenced, trainer
 
@@ -28,9 +29,9 @@ class Watched(PairTrainer):
         super().__init__(*args, **kwargs)
         self.taken: list[list[int]] = []
 
-    def pair_losses(self, model, batch):
+    def tree_losses(self, model, batch):
         self.taken.append([int(number) for number in batch["margin"]])
-        return super().pair_losses(model, batch)
+        return super().tree_losses(model, batch)
 
 
 @pytest.fixture(scope="module")

@@ -6,9 +6,9 @@ from html.parser import HTMLParser
 
 import pytest
 
+from align.tracking.page import Html, histogram, table
 from align.verbs.check_page import check_page
 from align.verbs.check_text import check_text, places
-from align.verbs.page import Html, histogram, table
 
 VOID = {"meta", "br"}
 

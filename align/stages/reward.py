@@ -1,0 +1,189 @@
+"""A reward model: trained on pairs or rankings, centred on demonstrations, judged on held-out rows."""
+
+import gc
+import os
+from collections.abc import Sequence
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+from transformers import PreTrainedConfig, TrainingArguments
+
+from align import artifacts
+from align.artifacts import Manifest
+from align.config.schema import Layout, RewardStage
+from align.data.forest import RewardCollator, Tree
+from align.data.kinds import TREES
+from align.data.prepare import answered_prompts
+from align.losses.calibration import summary
+from align.losses.reward import RewardObjective
+from align.models.layout import prove_layout
+from align.models.reward import SCORES, set_statistics
+from align.stages.context import RunContext
+from align.stages.saving import REWARD_MODEL, save_model
+from align.stages.session import Session, close_session, open_session
+from align.stages.training import sign, train
+from align.tracking.progress import say
+from align.tracking.reward_page import reward_page
+from align.trainers.order import tree_tokens
+from align.trainers.reference import reference_engine
+from align.trainers.rewards import RewardTrainer
+from align.trainers.scoring import completion_scores
+
+SCORES_FILE, REPORT = "scores.json", "reward_report.html"
+FORWARD = 4
+"""Scoring keeps no gradients, so it takes this many micro-batches at once."""
+
+
+def run(stage: RewardStage, context: RunContext) -> Manifest:
+    """Train on `data.preferences`; leaves `reward_model/`, and `scores.json` with a page if rows are held out."""
+    session = open_session(stage, context)
+    arguments = TrainingArguments(**session.argument_values())
+    layout = _proven_layout(session, stage)
+    trainer = _trainer(session, stage, arguments, layout)
+    _say_what_to_know(session, stage)
+    train(session, trainer)
+    centre, std = _statistics(session, stage, trainer)
+
+    def finish(config: PreTrainedConfig) -> None:
+        set_statistics(config, centre, std)
+
+    figures = _judge(session, stage, trainer)
+    save_model(session, trainer, REWARD_MODEL, finish)
+    outputs = [REWARD_MODEL, *([SCORES_FILE, REPORT] if figures else [])]
+    manifest = sign(session, trainer, outputs, figures | {"score/centre": centre, "score/std": std})
+    close_session(session)
+    return manifest
+
+
+def _proven_layout(session: Session, stage: RewardStage) -> Layout:
+    """Of a model of its own, which is freed: one sharded by ZeRO-3 for training takes no forward before it begins."""
+    arguments = TrainingArguments(**session.argument_values())
+    model = session.load_plain(stage.policy, scores=True)
+    trainer = RewardTrainer(
+        model, arguments, RewardObjective(), layout=Layout.padded, pad_token_id=session.tokenizer.pad_token_id,
+        train_dataset=session.prepared.train,
+    )  # fmt: skip
+    rows = session.prepared.train
+    longest = np.argsort(-tree_tokens(rows), kind="stable")[:2].tolist()
+    proven = prove_layout(
+        reference_engine(model, trainer.accelerator),
+        [Tree(rows[i]["prompt_ids"], rows[i]["completion_ids"]) for i in longest],
+        stage.layout,
+        pad_token_id=session.tokenizer.pad_token_id,
+        device=trainer.accelerator.device,
+        reading=SCORES,
+    )
+    name, active = session.context.stage_name, session.context.runtime.is_main
+    say(f"{name}: layout {proven.layout.value} ({proven.reason})", active=active)
+    del trainer, model
+    gc.collect()
+    return proven.layout
+
+
+def _trainer(session: Session, stage: RewardStage, arguments: TrainingArguments, layout: Layout) -> RewardTrainer:
+    held_out = session.prepared.held_out
+    return RewardTrainer(
+        session.load_scorer(),
+        arguments,
+        RewardObjective(label_smoothing=stage.label_smoothing, centring_weight=stage.centring_weight),
+        layout=layout,
+        pad_token_id=session.tokenizer.pad_token_id,
+        train_dataset=session.prepared.train,
+        eval_dataset=held_out if len(held_out) else None,
+        order=stage.order,
+        processing_class=session.tokenizer,
+        callbacks=session.callbacks,
+    )
+
+
+def _say_what_to_know(session: Session, stage: RewardStage) -> None:
+    name, active = session.context.stage_name, session.context.runtime.is_main
+    larger = sum(len(ranks) > 2 for ranks in session.prepared.train["ranks"])
+    if stage.label_smoothing and larger:
+        say(f"{name}: label_smoothing is for pairs; {larger:,} rankings are learnt without", active=active)
+    if session.tokenizer.pad_token_id in session.template.stop_token_ids:
+        say(
+            f"{name}: the pad token ends answers too: scores here do not mind, but transformers' own forward of the "
+            "saved model reads a padded row one token too early; give the tokenizer a pad token of its own",
+            active=active,
+        )
+
+
+def _scores(session: Session, stage: RewardStage, trainer: RewardTrainer, rows: Dataset, what: str) -> list[np.ndarray]:
+    return completion_scores(
+        trainer.model_wrapped,
+        rows,
+        collator=RewardCollator(trainer.data_collator.layout, session.tokenizer.pad_token_id),
+        accelerator=trainer.accelerator,
+        micro_batch_size=FORWARD * stage.micro_batch_size,
+        label=f"{session.context.stage_name}: scoring {what}",
+    )
+
+
+def _statistics(session: Session, stage: RewardStage, trainer: RewardTrainer) -> tuple[float, float]:
+    """Mean and standard deviation of the scores of demonstrations, which are what a policy starts from."""
+    found = answered_prompts(session.context.config.data, session.template, stage.max_tokens, stage.statistics_rows)
+    rows = [_tree_row(prompt, [answer]) for prompt, answer in found]
+    if not rows:
+        return 0.0, 1.0
+    scores = np.concatenate(
+        _scores(session, stage, trainer, Dataset.from_list(rows, features=_features()), "demonstrations")
+    )
+    centre, std = float(scores.mean()), float(scores.std())
+    say(
+        f"{session.context.stage_name}: {len(scores):,} demonstrations score {centre:.3f} on average, spread {std:.3f}",
+        active=session.context.runtime.is_main,
+    )
+    return centre, std
+
+
+def _features() -> Any:
+    return Dataset(TREES.empty_table()).features
+
+
+def _tree_row(prompt: Sequence[int], answers: Sequence[Sequence[int]]) -> dict[str, Any]:
+    ranks = [float(rank) for rank in range(len(answers))]
+    return {"prompt_ids": prompt, "completion_ids": answers, "ranks": ranks, "p": 1.0, "margin": 0.0}
+
+
+def _judge(session: Session, stage: RewardStage, trainer: RewardTrainer) -> dict[str, float]:
+    """Write what the scores of the held-out rows are worth; returns the figures, none if no row is held out."""
+    rows = session.prepared.held_out
+    if not len(rows):
+        return {}
+    pairs = _pairs(rows, _scores(session, stage, trainer, rows, "held-out rows"))
+    if not (pairs["p"] > 0.5).any():
+        return {}
+    judged = summary(**pairs)
+    context = session.context
+    if context.runtime.is_main:
+        artifacts.write_json(context.stage_dir / SCORES_FILE, judged)
+        title = f"Reward model of {context.config.name}"
+        _write(context.stage_dir / REPORT, reward_page(judged, title))
+    return {f"judged/{name}": value for name, value in judged["figures"].items()}
+
+
+def _pairs(rows: Dataset, scores: list[np.ndarray]) -> dict[str, Any]:
+    """The arguments of `summary`: every two answers of a row, the better one chosen; ties of rankings are left out."""
+    columns: dict[str, list[float]] = {
+        name: [] for name in ("chosen", "rejected", "p", "margin", "chosen_tokens", "rejected_tokens")
+    }
+    for row, found in zip(rows, scores, strict=True):
+        ranked = sorted(zip(row["ranks"], found, map(len, row["completion_ids"]), strict=True))
+        for (rank, chosen, chosen_tokens), (other, rejected, rejected_tokens) in combinations(ranked, 2):
+            if rank != other:
+                values = (chosen, rejected, row["p"], row["margin"], chosen_tokens, rejected_tokens)
+                for column, value in zip(columns.values(), values, strict=True):
+                    column.append(value)
+    tokens = [len(answer) for answers in rows["completion_ids"] for answer in answers]
+    every = (np.concatenate(scores), np.array(tokens, dtype=np.float64))
+    return {name: np.array(values, dtype=np.float64) for name, values in columns.items()} | {"completions": every}
+
+
+def _write(path: Path, text: str) -> None:
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)

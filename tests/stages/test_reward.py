@@ -1,0 +1,115 @@
+"""The reward stage: a plain model with a head, centred on demonstrations, judged on held-out rows."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from align import cli
+from align.artifacts import damaged_outputs, read_manifest
+from align.config.schema import DataConfig, Layout, ModelConfig
+from align.data.forest import Tree, lay_out_scores
+from align.data.prepare import answered_prompts
+from align.data.template import Template
+from align.models.reward import centred_scores, load_reward_model
+
+STEPS = ("stages.reward.max_steps=3", "stages.reward.statistics_rows=40")
+
+
+def run(folder: Path, *arguments: str) -> int:
+    return cli.main(["+recipe=reward", f"run_dir={folder}/run", f"cache_dir={folder}/cache", *STEPS, *arguments])
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("reward")
+    assert run(folder) == 0
+    return folder / "run" / "reward"
+
+
+def demonstrations(folder: Path) -> list[Tree]:
+    template = Template(AutoTokenizer.from_pretrained(folder))
+    found = answered_prompts(DataConfig(demonstrations="tiny:demonstrations"), template, 1024, 40)
+    return [Tree(prompt, (answer,)) for prompt, answer in found]
+
+
+def test_any_tool_loads_the_model_and_reads_the_same_scores(trained):
+    trees = demonstrations(trained / "reward_model")
+    batch = lay_out_scores(trees, Layout.padded, 0)
+    with torch.no_grad():
+        ours = load_reward_model(str(trained / "reward_model"), ModelConfig(), torch.float32, seed=0).eval()
+        centred = centred_scores(ours, batch)
+        plain = AutoModelForSequenceClassification.from_pretrained(trained / "reward_model").eval()
+        theirs = torch.cat([plain(torch.tensor([[*t.prompt, *t.completions[0]]])).logits[0] for t in trees])
+    assert torch.allclose(centred + plain.config.reward_centre, theirs, atol=1e-5)
+
+
+def test_the_mean_score_of_demonstrations_is_the_centre(trained):
+    trees = demonstrations(trained / "reward_model")
+    model = load_reward_model(str(trained / "reward_model"), ModelConfig(), torch.float32, seed=0).eval()
+    with torch.no_grad():
+        scores = centred_scores(model, lay_out_scores(trees, Layout.padded, 0))
+    assert abs(scores.mean().item()) < 1e-5
+    assert scores.std(correction=0).item() == pytest.approx(model.config.reward_std, rel=1e-4)
+
+
+def test_the_manifest_vouches_for_model_scores_and_page(trained):
+    manifest = read_manifest(trained)
+    assert damaged_outputs(trained, manifest) == []
+    kept = {Path(output["path"]).parts[0] for output in manifest.outputs}
+    assert kept == {"reward_model", "scores.json", "reward_report.html"}
+    scores = json.loads((trained / "scores.json").read_text())
+    assert manifest.metrics["judged/accuracy"] == scores["figures"]["accuracy"] == manifest.metrics["after/accuracy"]
+    assert "<svg" in (trained / "reward_report.html").read_text()
+
+
+def test_the_same_command_again_skips_and_another_demonstration_set_is_refused(trained, capsys):
+    folder = trained.parents[1]
+    assert run(folder) == 0
+    assert "reward: complete, skipped" in capsys.readouterr().err
+    assert run(folder, "data.demonstrations=tiny:preferences") == 2
+    assert "data.demonstrations was tiny:demonstrations, is tiny:preferences" in capsys.readouterr().err
+
+
+def test_an_adapter_trains_the_head_and_is_merged_with_it(tmp_path, capsys):
+    assert run(tmp_path, "peft=lora", "stages.reward.learning_rate=1e-2") == 0
+    stage = tmp_path / "run" / "reward"
+    adapter = load_file(stage / "adapter" / "adapter_model.safetensors")
+    merged = load_file(stage / "reward_model" / "model.safetensors")
+    [head] = [tensor for name, tensor in adapter.items() if name.endswith("score.weight")]
+    assert torch.equal(head.float(), merged["score.weight"].float())
+    fresh = load_reward_model("tiny-sft", ModelConfig(), torch.float32, seed=7)
+    assert not torch.equal(fresh.score.weight, merged["score.weight"])
+    assert "reward_centre" in json.loads((stage / "reward_model" / "config.json").read_text())
+    assert run(tmp_path, "peft=lora", "peft.keep_adapter=true", f"run_dir={tmp_path}/kept") == 2
+    assert "a reward model is saved whole" in capsys.readouterr().err
+
+
+def test_rankings_and_pairs_are_learnt_together(tmp_path, capsys):
+    rows = [
+        {"prompt": f"Question {n}?", "completions": ["Yes.", "No.", "Perhaps."], "ranks": [0, 1, 1]} for n in range(30)
+    ]
+    pairs = [{"prompt": f"Who is {n}?", "chosen": "I know.", "rejected": "Who cares."} for n in range(30)]
+    for name, content in (("ranked", rows), ("pairs", pairs)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in content))
+    sources = f"data.preferences=[{tmp_path}/ranked.jsonl,{tmp_path}/pairs.jsonl]"
+    assert run(tmp_path, sources, "stages.reward.batch_size=8", "stages.reward.label_smoothing=0.1") == 0
+    said = capsys.readouterr().err
+    assert "label_smoothing is for pairs; " in said
+    manifest = read_manifest(tmp_path / "run" / "reward")
+    assert manifest.rows["read"] == 60
+    assert manifest.metrics["after/loss"] < manifest.metrics["before/loss"]
+
+
+def test_check_and_preview_know_rankings(tmp_path, capsys):
+    answers = {"completions": ["Yes.", "No.", "Perhaps."], "ranks": [2, 0, 1]}
+    rows = [{"prompt": f"Question {n}?", **answers} for n in range(30)]
+    (tmp_path / "ranked.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert run(tmp_path, f"data.preferences={tmp_path}/ranked.jsonl", "do=preview") == 0
+    shown = capsys.readouterr().out
+    assert shown.index("── chosen ──\n⟦No.") < shown.index("── rejected ──\n⟦Perhaps.") < shown.index("⟦Yes.")
+    assert run(tmp_path, f"data.preferences={tmp_path}/ranked.jsonl", "do=check") == 0
+    assert "completion" in capsys.readouterr().out
