@@ -12,13 +12,14 @@ from align import artifacts
 from align.artifacts import Manifest
 from align.config.errors import UserError
 from align.config.keys import slots_of
-from align.config.schema import RunConfig, StageConfig, ZeroChoice
+from align.config.schema import RunConfig, ScoreStage, StageConfig, ZeroChoice
 from align.data.prepare import check_slot, slot_digests
 from align.distributed import runtime
 from align.distributed.runtime import Runtime
 from align.models.load import check_model, context_length
 from align.stages.context import RunContext, flat, plain, stage_record
 from align.stages.rows import prepare_ahead, starting_model
+from align.stages.saving import POLICY, REWARD_MODEL
 from align.stages.session import input_digests
 from align.stages.table import RUN
 from align.tracking.progress import say
@@ -109,12 +110,14 @@ def _wires(name: str, stage: Any) -> dict[str, str]:
         wires = {f"stages.{name}.policy": stage.policy}
         reference = plain(stage).get("reference")
         return wires | ({f"stages.{name}.reference": reference} if reference else {})
+    if isinstance(stage, ScoreStage):
+        return {f"stages.{name}.reward_model": stage.reward_model}
     return {f"stages.{name}.models.{key}": path for key, path in stage.models.items()}
 
 
 def _check_wire(key: str, wire: str, earlier: list[str], run_dir: Path, *, keep_adapter: bool) -> None:
     path = Path(wire)
-    if path.parent.parent == run_dir and path.name == "policy":
+    if path.parent.parent == run_dir and path.name in (POLICY, REWARD_MODEL):
         producer = path.parent.name
         if producer in earlier and keep_adapter:
             raise UserError(

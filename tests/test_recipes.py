@@ -42,6 +42,9 @@ def test_a_recipe_starts_each_stage_from_a_model_that_exists_by_then(recipe):
     made = {config.model.path}
     for name in config.run:
         stage = getattr(config.stages, name)
+        if name == "score":
+            assert stage.reward_model == "runs/reward/reward/reward_model", "what +recipe=reward leaves"
+            continue
         needed = {stage.policy} if isinstance(stage, StageConfig) else set(stage.models.values())
         assert needed and needed <= made
         made.add(f"{config.run_dir}/{name}/policy")

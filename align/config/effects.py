@@ -91,7 +91,10 @@ def _models(config: RunConfig) -> Iterator[str]:
     yield config.model.path
     for name in config.run:
         stage = getattr(config.stages, name)
-        yield from stage.models.values() if name == "evaluate" else [stage.policy]
+        if name == "score":
+            yield stage.reward_model
+        else:
+            yield from stage.models.values() if name == "evaluate" else [stage.policy]
         for field in fields(stage):
             if field.name == "reference" and stage.reference:
                 yield stage.reference

@@ -15,6 +15,7 @@ SLOTS = {
     "pretrain": "text",
     "sft": "demonstrations",
     "reward": "preferences",
+    "score": "demonstrations",
     "dpo": "preferences",
     "evaluate": "prompts",
 }

@@ -277,6 +277,20 @@ class RewardStage(StageConfig):
 
 
 @dataclass
+class ScoreStage:
+    """Scores of a reward model for every answer in `data.demonstrations`, whatever its format; pairs are judged too."""
+
+    reward_model: str = "runs/reward/reward/reward_model"
+    """The folder of a reward model, or a hub id; by default what +recipe=reward leaves."""
+    max_tokens: int = 1024
+    """Longest prompt with its answer; longer ones are left out and counted."""
+    micro_batch_size: int = 16
+    """Prompts scored together."""
+    subset_field: str = "subset"
+    """Field of a row by which accuracy is broken down, where rows have it."""
+
+
+@dataclass
 class DPOStage(StageConfig):
     """Direct preference optimisation on `data.preferences`."""
 
@@ -322,6 +336,7 @@ class Stages:
     pretrain: Optional[PretrainStage] = None
     sft: Optional[SFTStage] = None
     reward: Optional[RewardStage] = None
+    score: Optional[ScoreStage] = None
     dpo: Optional[DPOStage] = None
     evaluate: Optional[EvaluateStage] = None
 

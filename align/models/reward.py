@@ -82,6 +82,12 @@ def has_score_head(config: PreTrainedConfig) -> bool:
     return any(name.endswith("ForSequenceClassification") for name in config.architectures or ())
 
 
+def check_reward_model(name: str, model: ModelConfig) -> None:
+    """Raises: UserError if a model has no trained score head, such as a causal one, which would get a random one."""
+    if not has_score_head(_reward_config(name, model)):
+        raise UserError(f"{name}: not a reward model, it has no score head; make one with +recipe=reward")
+
+
 def _is_plain_head(model: PreTrainedModel) -> bool:
     head = getattr(model, SCORE_HEAD, None)
     return isinstance(head, nn.Linear) and head.bias is None and head.out_features == 1

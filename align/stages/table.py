@@ -3,12 +3,13 @@
 from collections.abc import Callable
 
 from align.artifacts import Manifest
-from align.stages import dpo, evaluate, reward, sft
+from align.stages import dpo, evaluate, reward, score, sft
 
 RUN: dict[str, Callable[..., Manifest]] = {
     "pretrain": sft.run,
     "sft": sft.run,
     "reward": reward.run,
+    "score": score.run,
     "dpo": dpo.run,
     "evaluate": evaluate.run,
 }

@@ -90,6 +90,8 @@ def _where(config: RunConfig, run_dir: Path, manifests: list[Manifest]) -> list[
             places["report"] = run_dir / "reward" / "reward_report.html"
         if config.peft.method is not PeftMethod.none:
             places["adapter"] = run_dir / trained[-1] / "adapter"
+    if any(m.stage == "score" for m in manifests):
+        places["scores"] = run_dir / "score" / "scores.jsonl"
     if any(m.stage == "evaluate" for m in manifests):
         places["samples"] = run_dir / "evaluate" / "samples.jsonl"
     if wandb_mode(config.log) == "offline":

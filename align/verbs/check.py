@@ -75,6 +75,8 @@ def _not_there(config: RunConfig, name: str) -> str | None:
     """Why a stage's rows cannot be looked at yet: an earlier stage is to write them."""
     if getattr(config.stages, name, None) is None:
         raise UserError(f"run has {name}, but stages.{name} is not set; add stage=[{','.join(config.run)}]")
+    if name == "score":
+        return "scoring reads rows of any format and says itself what it leaves out"
     for source in slot_sources(config.data, SLOTS[name]):
         path = Path(source.path)
         if Path(config.run_dir) in path.parents and not path.exists():

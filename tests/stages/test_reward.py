@@ -113,3 +113,37 @@ def test_check_and_preview_know_rankings(tmp_path, capsys):
     assert shown.index("── chosen ──\n⟦No.") < shown.index("── rejected ──\n⟦Perhaps.") < shown.index("⟦Yes.")
     assert run(tmp_path, f"data.preferences={tmp_path}/ranked.jsonl", "do=check") == 0
     assert "completion" in capsys.readouterr().out
+
+
+def test_a_file_is_scored_row_by_row_and_judged_by_subset(trained, tmp_path, capsys):
+    rows = [{"prompt": "Why?", "chosen": "So.", "rejected": "No.", "subset": "easy"}] * 2
+    rows += [{"prompt": "Who?", "completions": ["I.", "You.", "He."], "ranks": [0, 1, 1], "subset": "hard"}]
+    rows += [
+        {"prompt": "When?", "completion": "Now."},
+        {"prompt": "Where?"},
+        {"prompt": "Long?", "completion": "a " * 99},
+    ]
+    kinds = [rows[:2], rows[2:3], rows[3:4] + rows[5:], rows[4:5] * 30]
+    for number, kind in enumerate(kinds):
+        (tmp_path / f"{number}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kind))
+    arguments = [f"stages.score.reward_model={trained}/reward_model", "stages.score.max_tokens=64"]
+    files = ",".join(f"{tmp_path}/{number}.jsonl" for number in range(3))
+    assert cli.main(["+recipe=score", *arguments, f"run_dir={tmp_path}/run", f"data.demonstrations=[{files}]"]) == 0
+    said = capsys.readouterr().err
+    lines = [json.loads(line) for line in (tmp_path / "run/score/scores.jsonl").read_text().splitlines()]
+    assert [len(line["scores"]) for line in lines] == [2, 2, 3, 1]
+    assert lines[0]["scores"] == pytest.approx(lines[1]["scores"], abs=1e-5)
+    figures = json.loads((tmp_path / "run/score/scores.json").read_text())
+    assert (figures["pairs"], figures["subsets"]["easy"]["pairs"], figures["subsets"]["hard"]["pairs"]) == (4, 2, 2)
+    right = sum(line["scores"][0] > score for line in lines[:3] for score in line["scores"][1:])
+    assert figures["accuracy"] == right / 4
+    assert "score: 5 rows: 4 scored, 1 left out (too_long 1)" in said
+    other = [f"run_dir={tmp_path}/other", f"data.demonstrations={tmp_path}/3.jsonl"]
+    assert cli.main(["+recipe=score", *arguments, *other]) == 2
+    assert "30 of 30 rows cannot be used (no_answer 30)" in capsys.readouterr().err
+
+
+def test_a_causal_model_scores_nothing(tmp_path, capsys):
+    arguments = [f"run_dir={tmp_path}/run", "stages.score.reward_model=tiny-sft"]
+    assert cli.main(["+recipe=score", *arguments]) == 2
+    assert "tiny-sft: not a reward model, it has no score head" in capsys.readouterr().err
