@@ -40,8 +40,9 @@ FORWARD = 4
 def run(stage: RewardStage, context: RunContext) -> Manifest:
     """Train on `data.preferences`; leaves `reward_model/`, and `scores.json` with a page if rows are held out."""
     session = open_session(stage, context)
-    arguments = TrainingArguments(**session.argument_values())
     layout = _proven_layout(session, stage)
+    # Made anew after the proof's own: DeepSpeed's state belongs to the arguments made last.
+    arguments = TrainingArguments(**session.argument_values())
     trainer = _trainer(session, stage, arguments, layout)
     _say_what_to_know(session, stage)
     train(session, trainer)

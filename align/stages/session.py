@@ -28,6 +28,7 @@ from align.tracking.wandb_run import WandbRun
 from align.trainers import checkpoints
 from align.trainers.arguments import Machine, trainer_arguments
 from align.trainers.callbacks import Report
+from align.trainers.quiet import quiet_libraries
 
 
 @dataclass
@@ -71,6 +72,7 @@ class Session:
         # With DeepSpeed or an adapter the fp32 masters live elsewhere; else autocast needs fp32 weights.
         half = self.machine.bf16 and (self.machine.zero is not None or config.peft.method is not PeftMethod.none)
         dtype = torch.bfloat16 if half else torch.float32
+        quiet_libraries()  # a Trainer sets the level of transformers' talk anew, and a new score head is no news
         load_any = load_reward_model if scores else load.load_model
         model = load_any(name, config.model, dtype, seed=self.stage.seed)
         _refuse_unknown_tokens(self, name, model.config.get_text_config().vocab_size)

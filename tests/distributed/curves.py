@@ -1,4 +1,4 @@
-"""Runs the DPO stage in several ways in one process (each rank of one launch) and leaves every metrics.jsonl.
+"""Runs the DPO or the reward stage in several ways in one process (each rank of a launch); leaves every metrics.jsonl.
 
 Call: [deepspeed --num_gpus 2 --no_local_rank] curves.py FOLDER MODE...   with MODE = name:key=value,key=value
 """
@@ -15,21 +15,23 @@ from align.config.schema import (
     PeftConfig,
     PeftMethod,
     Precision,
+    RewardStage,
     RunConfig,
     Stages,
     ZeroChoice,
 )
 from align.distributed import runtime
-from align.stages import dpo
 from align.stages.context import RunContext
+from align.stages.table import RUN
 from align.trainers.quiet import quiet_libraries
 
 STEPS = 20
+STAGES = {"dpo": DPOStage, "reward": RewardStage}
 
 
 def config(folder: Path, settings: dict[str, str]) -> RunConfig:
-    zero = settings.get("zero")
-    stage = DPOStage(
+    zero, name = settings.get("zero"), settings.get("stage", "dpo")
+    stage = STAGES[name](
         policy="tiny-sft",
         max_steps=STEPS,
         learning_rate=1e-4,
@@ -41,7 +43,7 @@ def config(folder: Path, settings: dict[str, str]) -> RunConfig:
     )
     return RunConfig(
         name="curves",
-        run=["dpo"],
+        run=[name],
         cache_dir=str(folder / "cache" / settings.get("cache", "shared")),
         precision=Precision.fp32,
         model=ModelConfig(path="tiny-sft"),
@@ -52,7 +54,7 @@ def config(folder: Path, settings: dict[str, str]) -> RunConfig:
             offload=Offload(settings.get("offload", "none")),
             timeout_seconds=120,
         ),
-        stages=Stages(dpo=stage),
+        stages=Stages(**{name: stage}),
     )
 
 
@@ -62,10 +64,11 @@ def main(folder: Path, modes: list[str]) -> None:
         name, _, text = mode.partition(":")
         settings = dict(item.split("=") for item in text.split(",") if item)
         run = config(folder, settings)
-        run.data.preferences = "tiny:preferences"
+        run.data.preferences, run.data.demonstrations = "tiny:preferences", "tiny:demonstrations"
+        [stage] = run.run
         this = runtime.start(deepspeed="zero" in settings, timeout_seconds=120)
-        (folder / name / "dpo").mkdir(parents=True, exist_ok=True)
-        dpo.run(run.stages.dpo, RunContext(run, this, folder / name, "dpo"))
+        (folder / name / stage).mkdir(parents=True, exist_ok=True)
+        RUN[stage](getattr(run.stages, stage), RunContext(run, this, folder / name, stage))
         runtime.barrier()
     runtime.stop()
 

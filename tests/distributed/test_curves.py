@@ -1,5 +1,6 @@
-"""The loss of 20 DPO steps is one curve, however the batch is laid out, split, accumulated or sharded."""
+"""The loss of 20 steps of DPO, or of a reward model, is one curve, however the batch is laid out, split or sharded."""
 
+import json
 import math
 import os
 import subprocess
@@ -7,6 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from align.tracking.local import read_metrics
 
@@ -23,6 +26,12 @@ TWO_RANKS = {
     "zero2_offload": "micro=4,zero=2,offload=cpu",
     "zero3_offload": "micro=4,zero=3,offload=cpu",
     "zero3_lora": "micro=4,zero=3,peft=lora",
+}
+REWARD_ONE_RANK = {"reward": "stage=reward", "reward_padded": "stage=reward,layout=padded,micro=2"}
+REWARD_TWO_RANKS = {
+    "reward_ddp": "stage=reward,micro=4",
+    "reward_zero2": "stage=reward,micro=2,zero=2",
+    "reward_zero3": "stage=reward,micro=4,zero=3",
 }
 
 
@@ -41,12 +50,18 @@ def launch(launcher: list[str], folder: Path, modes: dict[str, str]) -> None:
 
 
 @pytest.fixture(scope="module")
-def curves(tmp_path_factory) -> dict[str, list[float]]:
+def folders(tmp_path_factory) -> dict[str, Path]:
+    """Name of a way -> the folder of its stage."""
     folder = tmp_path_factory.mktemp("curves")
-    launch([sys.executable], folder, ONE_RANK)
+    launch([sys.executable], folder, ONE_RANK | REWARD_ONE_RANK)
     deepspeed = str(Path(sys.executable).with_name("deepspeed"))
-    launch([deepspeed, "--num_gpus", "2", "--no_local_rank"], folder, TWO_RANKS)
-    return {name: losses(folder / name / "dpo/metrics.jsonl") for name in {**ONE_RANK, **TWO_RANKS}}
+    launch([deepspeed, "--num_gpus", "2", "--no_local_rank"], folder, TWO_RANKS | REWARD_TWO_RANKS)
+    return {path.parts[-3]: path.parent for path in folder.glob("*/*/metrics.jsonl")}
+
+
+@pytest.fixture(scope="module")
+def curves(folders) -> dict[str, list[float]]:
+    return {name: losses(folders[name] / "metrics.jsonl") for name in {**ONE_RANK, **TWO_RANKS}}
 
 
 def losses(path: Path) -> list[float]:
@@ -77,3 +92,17 @@ def test_twenty_steps_follow_the_same_curve(curves, name):
 def test_lora_under_zero3_follows_lora_on_one_rank(curves):
     assert largest_difference(curves["zero3_lora"], curves["lora"]) < 1e-5
     assert largest_difference(curves["lora"], curves["forest"]) > 1e-3
+
+
+@pytest.mark.parametrize("name", ["reward_padded", *REWARD_TWO_RANKS])
+def test_a_reward_model_is_the_same_however_it_is_trained(folders, name):
+    one, other = (folders[way] for way in ("reward", name))
+    expected, found = (losses(folder / "metrics.jsonl") for folder in (one, other))
+    assert largest_difference(found, expected) < 1e-5
+    assert min(expected) < 0.9 * expected[0], "the curve must move, or it shows nothing"
+    figures = [json.loads((folder / "scores.json").read_text())["figures"] for folder in (one, other)]
+    assert figures[1] == pytest.approx(figures[0], rel=1e-4)
+    configs = [json.loads((folder / "reward_model/config.json").read_text()) for folder in (one, other)]
+    assert configs[1]["reward_centre"] == pytest.approx(configs[0]["reward_centre"], abs=1e-4)
+    heads = [load_file(folder / "reward_model/model.safetensors")["score.weight"] for folder in (one, other)]
+    assert torch.allclose(heads[1], heads[0], atol=1e-5)
