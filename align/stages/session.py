@@ -27,7 +27,7 @@ from align.tracking.progress import say
 from align.tracking.wandb_run import WandbRun
 from align.trainers import checkpoints
 from align.trainers.arguments import Machine, trainer_arguments
-from align.trainers.callbacks import Report
+from align.trainers.callbacks import Report, StopAtNaN
 from align.trainers.quiet import quiet_libraries
 
 
@@ -115,6 +115,7 @@ def open_session(stage: StageConfig, context: RunContext) -> Session:
     session.callbacks = [checkpoints.SealCheckpoint(run.is_main, _identity(session))]
     if run.is_main:
         session.callbacks.append(Report(context.stage_name, session.log, wandb_run))
+    session.callbacks.append(StopAtNaN(context.stage_name))
     return session
 
 

@@ -1,10 +1,12 @@
 """What a training loop tells a person and the run folder."""
 
+import math
 import time
 from typing import Any
 
 from transformers import TrainerCallback
 
+from align.config.errors import UserError
 from align.tracking.local import MetricsLog
 from align.tracking.progress import Progress, say
 from align.tracking.wandb_run import WandbRun
@@ -68,6 +70,21 @@ class Report(TrainerCallback):
         tokens, seconds = state.num_input_tokens_seen - self.tokens_then, self.seconds
         self.tokens_then, self.seconds = state.num_input_tokens_seen, 0.0
         return round(tokens / seconds, 1) if seconds > 0 else 0.0
+
+
+class StopAtNaN(TrainerCallback):
+    """Ends training, on every rank, when the loss is no number any more: no later step can mend the weights."""
+
+    def __init__(self, stage: str) -> None:
+        self.stage = stage
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if math.isfinite((logs or {}).get("loss", 0.0)):
+            return
+        raise UserError(
+            f"{self.stage}: the loss is {logs['loss']} at step {state.global_step}; nothing is saved from here on. "
+            f"Lower stages.{self.stage}.learning_rate, or look at the rows with do=check and do=preview"
+        )
 
 
 def held_out_figures(metrics: dict[str, Any]) -> str:

@@ -1,5 +1,6 @@
 """What a run says and leaves: our own lines only, every figure in its place, and no secret."""
 
+import math
 import os
 import re
 import subprocess
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from align.config.errors import UserError
 from align.tracking.local import read_metrics
 from tests.stages.runs import overrides, run
 from tests.tracking.wandb_file import read_runs
@@ -106,3 +108,11 @@ def test_an_evaluation_done_after_the_last_checkpoint_is_not_logged_twice(tmp_pa
 
 def interrupt(*_):
     raise KeyboardInterrupt
+
+
+def test_a_loss_that_is_no_number_stops_the_run_before_it_is_saved(tmp_path):
+    line = ("run=[sft]", "stages.sft.learning_rate=1e25", "stages.sft.max_steps=9")
+    with pytest.raises(UserError, match=r"sft: the loss is nan at step \d; .*Lower stages\.sft\.learning_rate"):
+        run(tmp_path, *line)
+    assert not list((tmp_path / "run" / "sft").rglob("*.safetensors"))
+    assert math.isnan(read_metrics(tmp_path / "run/sft/metrics.jsonl")[-1]["loss"])
