@@ -162,7 +162,7 @@ def _judge(session: Session, stage: RewardStage, trainer: RewardTrainer) -> dict
     context = session.context
     if context.runtime.is_main:
         artifacts.write_json(context.stage_dir / SCORES_FILE, judged)
-        title = f"Reward model of {context.config.name}"
+        title = f"Reward model: {context.run_dir / context.stage_name / REWARD_MODEL}"
         _write(context.stage_dir / REPORT, reward_page(judged, title))
     return {f"judged/{name}": value for name, value in judged["figures"].items()}
 
