@@ -39,11 +39,15 @@ class Manifest:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file that is either whole or not there: temporary file, fsync, rename."""
+    """Write a JSON file that is either whole or not there."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file that is either whole or not there: temporary file, fsync, rename."""
     temporary = path.with_name(path.name + ".tmp")
     with open(temporary, "w", encoding="utf-8") as file:
-        json.dump(value, file, indent=2, ensure_ascii=False, default=str)
-        file.write("\n")
+        file.write(text)
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)

@@ -6,19 +6,10 @@ from typing import Any
 
 from align.config.schema import DataConfig
 from align.data import fit
+from align.data.findings import split_answers
 from align.data.prepare import slot_sources
 from align.data.quality import check_record
-from align.data.records import (
-    BadRow,
-    Demonstration,
-    Message,
-    Origin,
-    PreferencePair,
-    Ranking,
-    Record,
-    RowRefused,
-    Unpaired,
-)
+from align.data.records import BadRow, Origin, PreferencePair, Ranking, Record, RowRefused
 from align.data.report import RowReport
 from align.data.template import Answers, Ids, Template
 from align.data.walk import walk
@@ -61,17 +52,8 @@ def answered_rows(
 
 
 def _sides(record: Record | BadRow) -> Answers | RowRefused:
-    if isinstance(record, Demonstration):
-        return record.messages[:-1], record.messages[-1:], record.tools
-    if isinstance(record, PreferencePair | Ranking | Unpaired):
-        return record.prompt, _answers(record), record.tools
-    return RowRefused("no_answer", "there is no answer to score")
-
-
-def _answers(record: PreferencePair | Ranking | Unpaired) -> tuple[Message, ...]:
-    if isinstance(record, PreferencePair):
-        return record.chosen, record.rejected
-    return record.completions if isinstance(record, Ranking) else (record.completion,)
+    prompt, answers = ((), ()) if isinstance(record, BadRow) else split_answers(record)
+    return (prompt, answers, record.tools) if answers else RowRefused("no_answer", "there is no answer to score")
 
 
 def _verdict(record: Record) -> tuple[tuple[float, ...] | None, float]:

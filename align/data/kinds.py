@@ -7,8 +7,9 @@ from typing import Any
 import pyarrow as pa
 
 from align.data import fit, held_out
+from align.data.findings import split_answers
 from align.data.quality import check_demonstration, check_pair, check_record, check_text
-from align.data.records import Demonstration, Message, PreferencePair, PromptRow, Ranking, RowRefused, TextDocument
+from align.data.records import Demonstration, PreferencePair, PromptRow, Ranking, RowRefused, TextDocument
 from align.data.template import Template
 
 FIRST_CHARACTERS = 200
@@ -68,15 +69,11 @@ def _encode_pairs(template: Template, rows: Sequence[PreferencePair]) -> list[En
 
 def _encode_comparisons(template: Template, rows: Sequence[PreferencePair | Ranking]) -> list[Encoded]:
     """A pair as its two answers, the chosen one first; a ranking as it is, with p = 1."""
-    results = template.encode_trees([(row.prompt, _answers(row), row.tools) for row in rows])
+    results = template.encode_trees([(*split_answers(row), row.tools) for row in rows])
     return [
         result if isinstance(result, RowRefused) else _tree_columns(row, *result)
         for row, result in zip(rows, results, strict=True)
     ]
-
-
-def _answers(row: PreferencePair | Ranking) -> tuple[Message, ...]:
-    return row.completions if isinstance(row, Ranking) else (row.chosen, row.rejected)
 
 
 def _tree_columns(row: PreferencePair | Ranking, prompt: list[int], answers: list[list[int]]) -> Encoded:

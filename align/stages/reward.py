@@ -1,10 +1,8 @@
 """A reward model: trained on pairs or rankings, centred on demonstrations, judged on held-out rows."""
 
 import gc
-import os
 from collections.abc import Sequence
 from itertools import combinations
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,9 +12,9 @@ from transformers import PreTrainedConfig, TrainingArguments
 from align import artifacts
 from align.artifacts import Manifest
 from align.config.schema import Layout, RewardStage
-from align.data.forest import RewardCollator, Tree
+from align.data.forest import Tree
 from align.data.kinds import TREES
-from align.data.prepare import answered_prompts
+from align.data.prepare import answered_prompts, slot_digests
 from align.losses.calibration import summary
 from align.losses.reward import RewardObjective
 from align.models.layout import prove_layout
@@ -40,6 +38,7 @@ FORWARD = 4
 def run(stage: RewardStage, context: RunContext) -> Manifest:
     """Train on `data.preferences`; leaves `reward_model/`, and `scores.json` with a page if rows are held out."""
     session = open_session(stage, context)
+    session.inputs += slot_digests(context.config.data, "demonstrations")
     layout = _proven_layout(session, stage)
     # Made anew after the proof's own: DeepSpeed's state belongs to the arguments made last.
     arguments = TrainingArguments(**session.argument_values())
@@ -117,7 +116,7 @@ def _scores(session: Session, stage: RewardStage, trainer: RewardTrainer, rows: 
     return completion_scores(
         trainer.model_wrapped,
         rows,
-        collator=RewardCollator(trainer.data_collator.layout, session.tokenizer.pad_token_id),
+        collator=trainer.data_collator,
         accelerator=trainer.accelerator,
         micro_batch_size=FORWARD * stage.micro_batch_size,
         label=f"{session.context.stage_name}: scoring {what}",
@@ -127,8 +126,12 @@ def _scores(session: Session, stage: RewardStage, trainer: RewardTrainer, rows: 
 def _statistics(session: Session, stage: RewardStage, trainer: RewardTrainer) -> tuple[float, float]:
     """Mean and standard deviation of the scores of demonstrations, which are what a policy starts from."""
     found = answered_prompts(session.context.config.data, session.template, stage.max_tokens, stage.statistics_rows)
-    rows = [_tree_row(prompt, [answer]) for prompt, answer in found]
+    rows = [_tree_row(prompt, answer) for prompt, answer in found]
     if not rows:
+        say(
+            f"{session.context.stage_name}: no row of data.demonstrations can be scored; the centre stays 0",
+            active=session.context.runtime.is_main,
+        )
         return 0.0, 1.0
     scores = np.concatenate(
         _scores(session, stage, trainer, Dataset.from_list(rows, features=_features()), "demonstrations")
@@ -145,9 +148,8 @@ def _features() -> Any:
     return Dataset(TREES.empty_table()).features
 
 
-def _tree_row(prompt: Sequence[int], answers: Sequence[Sequence[int]]) -> dict[str, Any]:
-    ranks = [float(rank) for rank in range(len(answers))]
-    return {"prompt_ids": prompt, "completion_ids": answers, "ranks": ranks, "p": 1.0, "margin": 0.0}
+def _tree_row(prompt: Sequence[int], answer: Sequence[int]) -> dict[str, Any]:
+    return {"prompt_ids": prompt, "completion_ids": [answer], "ranks": [0.0], "p": 1.0, "margin": 0.0}
 
 
 def _judge(session: Session, stage: RewardStage, trainer: RewardTrainer) -> dict[str, float]:
@@ -163,7 +165,7 @@ def _judge(session: Session, stage: RewardStage, trainer: RewardTrainer) -> dict
     if context.runtime.is_main:
         artifacts.write_json(context.stage_dir / SCORES_FILE, judged)
         title = f"Reward model: {context.run_dir / context.stage_name / REWARD_MODEL}"
-        _write(context.stage_dir / REPORT, reward_page(judged, title))
+        artifacts.write_text(context.stage_dir / REPORT, reward_page(judged, title))
     return {f"judged/{name}": value for name, value in judged["figures"].items()}
 
 
@@ -182,9 +184,3 @@ def _pairs(rows: Dataset, scores: list[np.ndarray]) -> dict[str, Any]:
     tokens = [len(answer) for answers in rows["completion_ids"] for answer in answers]
     every = (np.concatenate(scores), np.array(tokens, dtype=np.float64))
     return {name: np.array(values, dtype=np.float64) for name, values in columns.items()} | {"completions": every}
-
-
-def _write(path: Path, text: str) -> None:
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)

@@ -92,7 +92,7 @@ def test_no_tools_are_written_in_many_ways(tools):
     ids=["flow", "ends_on_a_call", "two_answers_of_tools", "two_calls", "goes_on"],
 )
 def test_turns_with_tools_are_in_order(messages):
-    check_record(Demonstration(messages))
+    assert check_record(Demonstration(messages)) is None
 
 
 @pytest.mark.parametrize(

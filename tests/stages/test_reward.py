@@ -147,3 +147,12 @@ def test_a_causal_model_scores_nothing(tmp_path, capsys):
     arguments = [f"run_dir={tmp_path}/run", "stages.score.reward_model=tiny-sft"]
     assert cli.main(["+recipe=score", *arguments]) == 2
     assert "tiny-sft: not a reward model, it has no score head" in capsys.readouterr().err
+
+
+def test_demonstrations_that_changed_since_are_inputs_that_changed(tmp_path, capsys):
+    file = tmp_path / "shown.jsonl"
+    file.write_text("".join(json.dumps({"prompt": f"Who is {n}?", "completion": "I."}) + "\n" for n in range(9)))
+    assert run(tmp_path, f"data.demonstrations={file}", "data=tiny") == 0
+    file.write_text(json.dumps({"prompt": "Who?", "completion": "You."}) + "\n")
+    assert run(tmp_path, f"data.demonstrations={file}", "data=tiny") == 2
+    assert f"made from other inputs: {file} changed since" in capsys.readouterr().err
