@@ -1,7 +1,7 @@
 """What stands out in the records of a slot: copies, conflicts, length bias, refusals, left-over markup.
 
 Fast enough to run before every training (some 8 microseconds a row of 1 KB), and of a record it keeps a few numbers:
-about 40 bytes, never its text.
+32 bytes, never its text.
 """
 
 from array import array
