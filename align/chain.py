@@ -12,7 +12,8 @@ from align import artifacts
 from align.artifacts import Manifest
 from align.config.errors import UserError
 from align.config.keys import slots_of
-from align.config.schema import RunConfig, ScoreStage, StageConfig, ZeroChoice
+from align.config.rewards import parse_rewards
+from align.config.schema import PPOStage, RunConfig, ScoreStage, StageConfig, ZeroChoice
 from align.data.prepare import check_slot, slot_digests
 from align.distributed import runtime
 from align.distributed.runtime import Runtime
@@ -83,7 +84,7 @@ def check_chain(config: RunConfig, run_dir: Path) -> None:
             _check_wire(key, wire, config.run[:position], run_dir, keep_adapter=config.peft.keep_adapter)
         if isinstance(stage, StageConfig):
             _check_context_length(config, name, stage)
-        for slot in slots_of(name):
+        for slot in slots_of(config, name):
             check_slot(config.data, slot)
     if "reward" in config.run and config.peft.keep_adapter:
         raise UserError(
@@ -108,8 +109,13 @@ def _wires(name: str, stage: Any) -> dict[str, str]:
     """Config key -> model for every model that a stage takes in."""
     if isinstance(stage, StageConfig):
         wires = {f"stages.{name}.policy": stage.policy}
-        reference = plain(stage).get("reference")
-        return wires | ({f"stages.{name}.reference": reference} if reference else {})
+        for key in ("reference", "value"):
+            if plain(stage).get(key):
+                wires[f"stages.{name}.{key}"] = getattr(stage, key)
+        if isinstance(stage, PPOStage):
+            models = [setting for setting in parse_rewards(stage.rewards) if setting.model]
+            wires |= {f"stages.{name}.rewards.{setting.name}.model": str(setting.model) for setting in models}
+        return wires
     if isinstance(stage, ScoreStage):
         return {f"stages.{name}.reward_model": stage.reward_model}
     return {f"stages.{name}.models.{key}": path for key, path in stage.models.items()}
@@ -212,7 +218,7 @@ def _refuse_other_inputs(context: RunContext, manifest: Manifest) -> None:
     stage = getattr(context.config.stages, context.stage_name)
     models = _wires(context.stage_name, stage).values()
     now = {d["path"]: d["digest"] for model in models for d in input_digests(model, "")}
-    for slot in slots_of(context.stage_name):
+    for slot in slots_of(context.config, context.stage_name):
         now |= {d["path"]: d["digest"] for d in slot_digests(context.config.data, slot)}
     changed = [i["path"] for i in manifest.inputs if now.get(i["path"], i["digest"]) != i["digest"]]
     if changed:

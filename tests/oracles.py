@@ -61,3 +61,36 @@ def dpo_batch_loss(model: nn.Module, reference: nn.Module, rows: Sequence[dict],
             difference = difference + sign * (policy - frozen)
         losses.append(-torch.log(1 / (1 + torch.exp(-beta * difference))))
     return torch.stack(losses).mean()
+
+
+def gae(rewards: Sequence[float], values: Sequence[float], gamma: float, lam: float) -> list[float]:
+    """Advantages of one completion: for each token, all later one-step errors, discounted by gamma * lam a token."""
+    following = [*values[1:], 0.0]
+    errors = [r + gamma * after - v for r, v, after in zip(rewards, values, following, strict=True)]
+    return [sum((gamma * lam) ** k * error for k, error in enumerate(errors[t:])) for t in range(len(errors))]
+
+
+def discounted_sums(rewards: Sequence[float], gamma: float) -> list[float]:
+    """For each token, its reward and all later ones of the completion, discounted."""
+    return [sum(gamma**k * r for k, r in enumerate(rewards[t:])) for t in range(len(rewards))]
+
+
+def clipped_policy_loss(
+    logp: float, old_logp: float, advantage: float, clip_low: float, clip_high: float, dual_clip: float = 0.0
+) -> float:
+    """Minus PPO's objective of one token, case by case."""
+    ratio = math.exp(logp - old_logp)
+    objective = ratio * advantage
+    if advantage > 0 and ratio > 1 + clip_high:
+        objective = (1 + clip_high) * advantage
+    if advantage < 0 and ratio < 1 - clip_low:
+        objective = (1 - clip_low) * advantage
+    if dual_clip and advantage < 0 and ratio > dual_clip:
+        objective = dual_clip * advantage
+    return -objective
+
+
+def clipped_value_loss(value: float, old_value: float, wanted: float, clip: float) -> float:
+    """Half the larger squared error, of the value and of the value held near the old one."""
+    held = min(max(value, old_value - clip), old_value + clip) if clip else value
+    return 0.5 * max((value - wanted) ** 2, (held - wanted) ** 2)

@@ -9,10 +9,14 @@ from typing import Any
 
 from align.config.errors import UserError
 from align.config.keys import SLOTS, slots_of, stage_of
+from align.config.rewards import parse_rewards
 from align.config.schema import (
+    Advantage,
+    KLController,
     OnBadRows,
     PairLoss,
     PeftMethod,
+    RewardTarget,
     RunConfig,
     StageConfig,
     Verb,
@@ -64,7 +68,7 @@ def _slots_read(typed: Typed) -> set[str]:
     if not typed.config.run:
         return set(SLOTS.values())
     read: set[str] = set()
-    waiting = [slot for name in typed.config.run if name in SLOTS for slot in slots_of(name)]
+    waiting = [slot for name in typed.config.run if name in SLOTS for slot in slots_of(typed.config, name)]
     while waiting:
         slot = waiting.pop()
         if slot not in read:
@@ -96,8 +100,10 @@ def _models(config: RunConfig) -> Iterator[str]:
         else:
             yield from stage.models.values() if name == "evaluate" else [stage.policy]
         for field in fields(stage):
-            if field.name == "reference" and stage.reference:
-                yield stage.reference
+            if field.name in ("reference", "value") and getattr(stage, field.name):
+                yield getattr(stage, field.name)
+        if name == "ppo":
+            yield from (str(setting.model) for setting in parse_rewards(stage.rewards) if setting.model)
 
 
 def _no_model_from_hub(typed: Typed) -> bool:
@@ -120,7 +126,7 @@ RULES: tuple[Rule, ...] = (
     (
         "peft.dropout",
         lambda t: not {"sft", "pretrain"} & set(t.config.run),
-        "DPO and reward models train without dropout, so that what is compared comes from one network",
+        "DPO, reward models and PPO train without dropout, so that what is compared comes from one network",
     ),
     *(
         (key, lambda t: t.config.deepspeed.mode is not ZeroChoice.zero, "only ZeRO reads it; add deepspeed=zero2")
@@ -158,6 +164,38 @@ RULES: tuple[Rule, ...] = (
         "stages.dpo.label_smoothing",
         lambda t: t.stage.loss not in SMOOTHED,
         "this loss has no label smoothing; sigmoid, robust and sigmoid_norm have",
+    ),
+    *(
+        (f"stages.ppo.{key}", lambda t: t.stage.advantage is not Advantage.gae, "only advantage=gae has a value model")
+        for key in ("gae_lambda", "value", "value_*")
+    ),
+    (
+        "stages.ppo.gamma",
+        lambda t: t.stage.advantage in (Advantage.rloo, Advantage.grpo),
+        "this advantage takes a completion as a whole; gae and reinforce_plus_plus discount",
+    ),
+    *(
+        (f"stages.ppo.{key}", lambda t: t.stage.kl_coefficient == 0, "stages.ppo.kl_coefficient=0 has no reference")
+        for key in ("reference", "kl_estimator", "kl_place", "kl_controller")
+    ),
+    (
+        "stages.ppo.kl_*_completion*",
+        lambda t: t.stage.kl_controller is KLController.fixed or t.stage.kl_coefficient == 0,
+        "only stages.ppo.kl_controller=adaptive reads it, with a first kl_coefficient above 0",
+    ),
+    ("stages.ppo.eval_every", lambda t: True, "held-out prompts are answered every stages.ppo.sample_every updates"),
+    (
+        "stages.ppo.reference",
+        lambda t: t.config.peft.method is not PeftMethod.none,
+        "with peft the reference is the base without adapters",
+    ),
+    *(
+        (
+            f"stages.reward.{key}",
+            lambda t: t.stage.objective is not RewardTarget.comparison,
+            f"only stages.reward.objective=comparison has {words}",
+        )
+        for key, words in (("label_smoothing", "labels to swap"), ("centring_weight", "scores without a zero"))
     ),
     ("stages.evaluate.seed", lambda t: t.stage.temperature == 0, "stages.evaluate.temperature=0 samples nothing"),
 )

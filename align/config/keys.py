@@ -17,6 +17,7 @@ SLOTS = {
     "reward": "preferences",
     "score": "demonstrations",
     "dpo": "preferences",
+    "ppo": "prompts",
     "evaluate": "prompts",
 }
 """Stage -> the data slot that it reads."""
@@ -24,9 +25,10 @@ ALSO_READ = {"reward": ("demonstrations",)}
 """Stage -> further slots that it reads: a reward model's zero is its mean score on demonstrations."""
 
 
-def slots_of(stage: str) -> tuple[str, ...]:
-    """Every slot that a stage reads."""
-    return (SLOTS[stage], *ALSO_READ.get(stage, ()))
+def slots_of(config: RunConfig, stage: str) -> tuple[str, ...]:
+    """Every slot that a stage of the run reads."""
+    mixed = stage == "ppo" and config.stages.ppo is not None and config.stages.ppo.pretraining_weight > 0
+    return (SLOTS[stage], *ALSO_READ.get(stage, ()), *(("text",) if mixed else ()))
 
 
 @dataclass(frozen=True)

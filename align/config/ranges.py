@@ -7,7 +7,8 @@ from typing import Any
 
 from align.config.errors import UserError
 from align.config.keys import keys, stage_of
-from align.config.schema import RunConfig, StageConfig
+from align.config.rewards import parse_rewards
+from align.config.schema import Advantage, PPOStage, RunConfig, StageConfig
 
 Limit = tuple[Callable[[Any], bool], str]
 AT_LEAST_ONE: Limit = (lambda value: value >= 1, "1 or more")
@@ -47,6 +48,30 @@ LIMITS: dict[str, Limit] = {
     "stages.dpo.beta": ABOVE_ZERO,
     "stages.dpo.label_smoothing": BELOW_HALF,
     "stages.dpo.nll_weight": NOT_NEGATIVE,
+    "stages.ppo.value_learning_rate": ABOVE_ZERO,
+    "stages.ppo.completions_*": AT_LEAST_ONE,
+    "stages.ppo.update_epochs": AT_LEAST_ONE,
+    "stages.ppo.rollout_batch_size": AT_LEAST_ONE,
+    "stages.ppo.temperature": ABOVE_ZERO,
+    "stages.ppo.gamma": FRACTION,
+    "stages.ppo.gae_lambda": FRACTION,
+    "stages.ppo.clip_low": (lambda value: 0 < value < 1, "above 0 and below 1"),
+    "stages.ppo.clip_high": ABOVE_ZERO,
+    "stages.ppo.dual_clip": (lambda value: value == 0 or value > 1, "0 (off) or above 1"),
+    "stages.ppo.value_clip": NOT_NEGATIVE,
+    "stages.ppo.value_weight": ABOVE_ZERO,
+    "stages.ppo.value_warmup_updates": NOT_NEGATIVE,
+    "stages.ppo.kl_coefficient": NOT_NEGATIVE,
+    "stages.ppo.kl_target_nats_per_completion": ABOVE_ZERO,
+    "stages.ppo.kl_horizon_completions": AT_LEAST_ONE,
+    "stages.ppo.reward_clip": NOT_NEGATIVE,
+    "stages.ppo.missing_stop_penalty": NOT_NEGATIVE,
+    "stages.ppo.entropy_weight": NOT_NEGATIVE,
+    "stages.ppo.pretraining_weight": NOT_NEGATIVE,
+    "stages.ppo.importance_cap": NOT_NEGATIVE,
+    "stages.ppo.ema_decay": BELOW_ONE,
+    "stages.ppo.sample_every": NOT_NEGATIVE,
+    "stages.ppo.sample_prompts": AT_LEAST_ONE,
     "stages.reward.label_smoothing": BELOW_HALF,
     "stages.reward.centring_weight": NOT_NEGATIVE,
     "stages.reward.statistics_rows": AT_LEAST_ONE,
@@ -68,7 +93,10 @@ def refuse_out_of_range(config: RunConfig) -> None:
         if not allowed(value):
             raise UserError(f"{path}={value}: must be {words}")
     for name in config.run:
-        _refuse_uneven_batch(name, getattr(config.stages, name))
+        stage = getattr(config.stages, name)
+        _refuse_uneven_batch(name, stage)
+        if isinstance(stage, PPOStage):
+            _refuse_uneven_update(stage)
 
 
 def _refuse_uneven_batch(name: str, stage: Any) -> None:
@@ -77,6 +105,28 @@ def _refuse_uneven_batch(name: str, stage: Any) -> None:
             f"stages.{name}.batch_size={stage.batch_size}: not a multiple of "
             f"stages.{name}.micro_batch_size={stage.micro_batch_size}; change one of them"
         )
+
+
+def _refuse_uneven_update(stage: PPOStage) -> None:
+    """A rollout is whole prompts and whole minibatches, and a completion has room behind its prompt."""
+    for name in ("batch_size", "completions_per_prompt"):
+        size = getattr(stage, name)
+        if stage.completions_per_update % size:
+            raise UserError(
+                f"stages.ppo.completions_per_update={stage.completions_per_update}: not a multiple of "
+                f"stages.ppo.{name}={size}; change one of them"
+            )
+    if stage.max_new_tokens >= stage.max_tokens:
+        raise UserError(
+            f"stages.ppo.max_new_tokens={stage.max_new_tokens} leaves no room for a prompt in "
+            f"stages.ppo.max_tokens={stage.max_tokens}; raise max_tokens"
+        )
+    if stage.advantage in (Advantage.rloo, Advantage.grpo) and stage.completions_per_prompt < 2:
+        raise UserError(
+            f"stages.ppo.advantage={stage.advantage.value} compares the completions of a prompt; "
+            "set stages.ppo.completions_per_prompt=4 or another number above 1"
+        )
+    parse_rewards(stage.rewards)
 
 
 def _value(config: RunConfig, path: str) -> Any:

@@ -39,6 +39,14 @@ class Rankings(Enum):
     pairs = "pairs"
 
 
+class RewardTarget(Enum):
+    """What a reward model learns: which answer is better, or the scores that the rows have."""
+
+    comparison = "comparison"
+    regression = "regression"
+    ordinal = "ordinal"
+
+
 class Order(Enum):
     """How the rows of an epoch follow each other."""
 
@@ -79,6 +87,61 @@ class Layout(Enum):
     forest = "forest"
     sequences = "sequences"
     padded = "padded"
+
+
+class KLEstimator(Enum):
+    """How the KL divergence to the reference is estimated from sampled tokens (joschu.net/blog/kl-approx.html)."""
+
+    k1 = "k1"
+    k2 = "k2"
+    k3 = "k3"
+
+
+class KLPlace(Enum):
+    """Where the KL penalty enters: in each token's `reward`, or as a term of the `loss`."""
+
+    reward = "reward"
+    loss = "loss"
+
+
+class KLController(Enum):
+    """Whether the weight of the KL penalty stays, or follows a target (Ziegler et al. 2019, arXiv:1909.08593)."""
+
+    fixed = "fixed"
+    adaptive = "adaptive"
+
+
+class Advantage(Enum):
+    """What a token's advantage is made of: only `gae` trains a value model."""
+
+    gae = "gae"
+    rloo = "rloo"
+    grpo = "grpo"
+    reinforce_plus_plus = "reinforce_plus_plus"
+
+
+class RewardScale(Enum):
+    """`running`: rewards are divided by their standard deviation over all updates so far."""
+
+    none = "none"
+    running = "running"
+
+
+class RolloutEngine(Enum):
+    """What samples completions."""
+
+    hf = "hf"
+    vllm = "vllm"
+
+
+class Guard(Enum):
+    """What is watched while PPO runs; each warns in one line, and stops the run where `stop_on` names it."""
+
+    kl = "kl"
+    reward_by_length = "reward_by_length"
+    entropy = "entropy"
+    value = "value"
+    ratio = "ratio"
 
 
 class PeftMethod(Enum):
@@ -261,9 +324,14 @@ class PretrainStage(StageConfig):
 
 @dataclass
 class RewardStage(StageConfig):
-    """A reward model from `data.preferences`: pairs by Bradley-Terry, rankings of several answers by Plackett-Luce."""
+    """A reward model from `data.preferences`: pairs by Bradley-Terry, rankings of several answers by Plackett-Luce.
+
+    With another objective than `comparison` it learns the rows' scores; rows without are left out and counted.
+    """
 
     learning_rate: float = 9e-6
+    objective: RewardTarget = RewardTarget.comparison
+    """comparison | regression (squared error to standardised scores) | ordinal (scores as levels, cut points learnt)"""
     label_smoothing: float = 0.0
     """Assumed share of swapped labels."""
     centring_weight: float = 0.0
@@ -312,6 +380,110 @@ class DPOStage(StageConfig):
 
 
 @dataclass
+class PPOStage(StageConfig):
+    """Reinforcement learning on `data.prompts`: PPO, or without a value model RLOO, GRPO and REINFORCE++.
+
+    An update is a rollout of `completions_per_update`, then `update_epochs` passes over it in minibatches of
+    `batch_size`. What StageConfig counts in optimizer steps (max_steps, save_every) counts updates here.
+    """
+
+    max_steps: Optional[int] = None
+    """Updates: a rollout and the optimizer steps on it. Takes the place of epochs."""
+    epochs: float = 1.0
+    """Passes over the prompts."""
+    learning_rate: float = 1e-6
+    """Peak learning rate of the policy."""
+    value_learning_rate: Optional[float] = None
+    """Peak learning rate of the value model; null: that of the policy."""
+    schedule: Schedule = Schedule.linear
+    warmup_fraction: float = 0.0
+    batch_size: int = 64
+    """Completions per optimizer step, over all ranks: a minibatch. completions_per_update is a multiple of it."""
+    micro_batch_size: int = 4
+    """Completions per rank per forward. batch_size = this x accumulation x ranks, exactly."""
+    max_tokens: int = 1024
+    """Longest prompt with its completion; prompts longer than max_tokens - max_new_tokens are dropped and counted."""
+    save_every: int = 10
+    """Updates between checkpoints. 0: none, an interrupted stage starts again."""
+    reference: Optional[str] = None
+    """The frozen reference of the KL penalty; null: the policy as it was before the first step."""
+    rewards: Dict[str, Any] = field(default_factory=dict)
+    """Name -> what scores completions: `{model: FOLDER}` or `{function: module:name}`, with `weight` (default 1)."""
+    value: Optional[str] = None
+    """What the value model starts from; null: the first reward model, head included, or else the policy."""
+    completions_per_update: int = 256
+    """Completions sampled per update, over all ranks."""
+    completions_per_prompt: int = 1
+    """Completions of each prompt; they share its computation."""
+    update_epochs: int = 4
+    """Passes over the completions of an update."""
+    max_new_tokens: int = 128
+    """Longest completion; one that reaches it has no stop token, and is counted."""
+    temperature: float = 0.7
+    """Of sampling, and of every log-probability of the policy and the reference."""
+    rollout: RolloutEngine = RolloutEngine.hf
+    """hf | vllm"""
+    rollout_batch_size: int = 64
+    """Completions sampled together on a rank."""
+    advantage: Advantage = Advantage.gae
+    """gae | rloo | grpo | reinforce_plus_plus"""
+    gamma: float = 1.0
+    """Discount a token."""
+    gae_lambda: float = 0.95
+    """How far advantages look past the value model: 0 one token, 1 to the end."""
+    clip_low: float = 0.2
+    """The policy's ratio is clipped below 1 - this."""
+    clip_high: float = 0.2
+    """The policy's ratio is clipped above 1 + this."""
+    dual_clip: float = 0.0
+    """Bound on the loss of a token with negative advantage, in advantages (above 1). 0 turns it off."""
+    value_clip: float = 0.2
+    """A value moves at most this far from its rollout's before it stops counting. 0 turns it off."""
+    value_weight: float = 0.1
+    """Weight of the value loss."""
+    value_warmup_updates: int = 0
+    """Updates at the start in which only the value model learns."""
+    kl_coefficient: float = 0.05
+    """Weight of the per-token KL penalty to the reference; with kl_controller=adaptive, the first. 0 turns it off."""
+    kl_estimator: KLEstimator = KLEstimator.k1
+    """k1 | k2 | k3"""
+    kl_place: KLPlace = KLPlace.reward
+    """reward | loss"""
+    kl_controller: KLController = KLController.fixed
+    """fixed | adaptive"""
+    kl_target_nats_per_completion: float = 6.0
+    """KL of a whole completion, in nats, that the adaptive controller steers to."""
+    kl_horizon_completions: int = 10000
+    """Completions over which the adaptive controller corrects its weight."""
+    reward_scale: RewardScale = RewardScale.none
+    """none | running"""
+    reward_clip: float = 10.0
+    """Rewards are clipped to plus and minus this, after scaling. 0 turns it off."""
+    missing_stop_penalty: float = 1.0
+    """Taken from the reward of a completion that has no stop token."""
+    length_penalty_per_token: float = 0.0
+    """Taken from the reward for each token of a completion."""
+    entropy_weight: float = 0.0
+    """Weight of an entropy bonus. 0 turns it off."""
+    pretraining_weight: float = 0.0
+    """Weight of the mean loss on rows of `data.text`, one a completion (PPO-ptx, arXiv:2203.02155). 0 turns it off."""
+    importance_cap: float = 2.0
+    """Cap of the weight that corrects sampled log-probabilities to the trainer's. 0 turns the correction off."""
+    ema_decay: float = 0.0
+    """Decay an optimizer step of a moving average of the policy in fp32, saved as policy_ema/. 0 turns it off."""
+    sample_every: int = 10
+    """Updates between samples of held-out prompts, in samples.jsonl. 0: only before the first and after the last."""
+    sample_prompts: int = 8
+    """Held-out prompts that are answered each time, the first ones."""
+    stop_on: List[Guard] = field(default_factory=list)
+    """Guards that stop the run and keep its best checkpoint: kl, reward_by_length, entropy, value, ratio."""
+    offload_frozen: bool = False
+    """Keep reference and reward models in main memory while they are not used."""
+    layout: Layout = Layout.auto
+    """auto | forest | sequences | padded"""
+
+
+@dataclass
 class EvaluateStage:
     """Replies of several models to the same held-out prompts, side by side; judged where the data knows the truth."""
 
@@ -338,6 +510,7 @@ class Stages:
     reward: Optional[RewardStage] = None
     score: Optional[ScoreStage] = None
     dpo: Optional[DPOStage] = None
+    ppo: Optional[PPOStage] = None
     evaluate: Optional[EvaluateStage] = None
 
 

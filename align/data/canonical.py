@@ -22,7 +22,8 @@ def canonical(record: Record) -> dict[str, Any]:
         return {"text": record.text}
     tools = {"tools": [json.loads(tool) for tool in record.tools]} if record.tools else {}
     if isinstance(record, Demonstration):
-        return {"messages": _messages(record.messages)} | tools
+        score = {} if record.score is None else {"score": record.score}
+        return {"messages": _messages(record.messages)} | score | tools
     prompt = {"prompt": _messages(record.messages if isinstance(record, PromptRow) else record.prompt)}
     return prompt | _answers(record) | tools
 
@@ -32,9 +33,11 @@ def _answers(record: Record) -> dict[str, Any]:
         verdict = {"p": record.p} if record.p != 1.0 else {}
         verdict |= {"margin": record.margin} if record.margin else {}
         verdict |= {"tie": True} if record.tie else {}
+        verdict |= dict(zip(("score_chosen", "score_rejected"), record.scores or (), strict=False))
         return {"chosen": _messages([record.chosen]), "rejected": _messages([record.rejected])} | verdict
     if isinstance(record, Ranking):
-        return {"completions": [_messages([one]) for one in record.completions], "ranks": list(record.ranks)}
+        order = {"ranks": list(record.ranks)} if record.scores is None else {"scores": list(record.scores)}
+        return {"completions": [_messages([one]) for one in record.completions]} | order
     if isinstance(record, Unpaired):
         return {"completion": _messages([record.completion]), "label": record.desirable}
     assert isinstance(record, PromptRow)

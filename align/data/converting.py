@@ -1,6 +1,6 @@
 """From the records that a format makes to those that a slot wants: pairs of a ranking, the best answer, the prompt."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import combinations
 from typing import Any
 
@@ -11,6 +11,7 @@ from align.data.records import (
     PreferencePair,
     PromptRow,
     Ranking,
+    Rated,
     Record,
     RowRefused,
     TextDocument,
@@ -19,12 +20,20 @@ from align.data.records import (
 
 Records = list[Record | RowRefused]
 
+NO_SCORE = "no_score"
+NO_SCORE_HERE = {
+    Demonstration: "the answer has no number in 'score'",
+    PreferencePair: "the two answers have no scores, such as 'score_chosen' and 'score_rejected'",
+    Ranking: "the answers are ranked, without 'scores'",
+}
+
 READ_AS: dict[type | None, tuple[type, ...]] = {
     None: (TextDocument, Demonstration, PreferencePair, Ranking, Unpaired, PromptRow),
     TextDocument: (TextDocument,),
     Demonstration: (Demonstration, PreferencePair, Ranking, Unpaired),
     PreferencePair: (PreferencePair, Ranking),
     Ranking: (PreferencePair, Ranking),
+    Rated: (Demonstration, PreferencePair, Ranking),
     PromptRow: (PromptRow, Demonstration, PreferencePair, Ranking, Unpaired, TextDocument),
 }
 """Record that is wanted (None: any, as it is) -> records it can be made from. A ranking may stay a pair."""
@@ -37,18 +46,20 @@ def as_wanted(made: Sequence[Record | RowRefused], wanted: type | None, row: Map
     if wanted is Ranking and ties is Ties.drop:
         return [one for record in made for one in ([record] if isinstance(record, Ranking) else _pairs(record, ties))]
     if wanted is Demonstration:
-        return [_demonstration(record) for record in made]
+        return [_or_refused(to_demonstration, record) for record in made]
+    if wanted is Rated:
+        return [_or_refused(to_rated, record) for record in made]
     if wanted is PromptRow:
         prompts = [record if isinstance(record, RowRefused) else to_prompt(record, row) for record in made]
         return prompts if len(prompts) == 1 else _without_copies(prompts)
     return list(made)
 
 
-def _demonstration(record: Record | RowRefused) -> Demonstration | RowRefused:
+def _or_refused(make: Callable[[Record], Record], record: Record | RowRefused) -> Record | RowRefused:
     if isinstance(record, RowRefused):
         return record
     try:
-        return to_demonstration(record)
+        return make(record)
     except RowRefused as error:
         return error
 
@@ -70,10 +81,14 @@ def _pairs(record: Record | RowRefused, ties: Ties) -> Records:
 def pairs_of(ranking: Ranking) -> list[PreferencePair]:
     """Every two answers of a ranking, the better one chosen; equal ranks are a tie."""
     ranked = sorted(zip(ranking.ranks, range(len(ranking.ranks)), ranking.completions, strict=True))
+    scores = ranking.scores
     return [
-        PreferencePair(ranking.prompt, better, worse, p=0.5 if a == b else 1.0, tie=a == b, tools=ranking.tools)
-        for (a, _, better), (b, _, worse) in combinations(ranked, 2)
-    ]
+        PreferencePair(
+            ranking.prompt, better, worse, p=0.5 if a == b else 1.0, tie=a == b, tools=ranking.tools,
+            scores=(scores[i], scores[j]) if scores else None,
+        )
+        for (a, i, better), (b, j, worse) in combinations(ranked, 2)
+    ]  # fmt: skip
 
 
 def to_demonstration(record: Record) -> Demonstration:
@@ -101,6 +116,20 @@ def _best(ranking: Ranking) -> Message:
     if len(best) != 1:
         raise RowRefused("tie", f"{len(best)} answers are equally good")
     return best[0]
+
+
+def to_rated(record: Record) -> Rated:
+    """The answers of a record with their scores; of a conversation, its last turn.
+
+    Raises: RowRefused("no_score") unless every answer has one.
+    """
+    if isinstance(record, Demonstration) and record.score is not None:
+        return Rated(record.messages[:-1], record.messages[-1:], (record.score,), record.tools)
+    if isinstance(record, PreferencePair) and record.scores is not None:
+        return Rated(record.prompt, (record.chosen, record.rejected), record.scores, record.tools)
+    if isinstance(record, Ranking) and record.scores is not None:
+        return Rated(record.prompt, record.completions, record.scores, record.tools)
+    raise RowRefused(NO_SCORE, NO_SCORE_HERE[type(record)])
 
 
 def to_prompt(record: Record, row: Mapping[str, Any]) -> PromptRow:

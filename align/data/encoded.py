@@ -132,7 +132,7 @@ class _Part:
             while pa.types.is_list(column.type):
                 lengths.update(pc.list_value_length(column).to_numpy().astype("<i4").tobytes())
                 column = pc.list_flatten(column)
-            values.update(column.to_numpy(zero_copy_only=False).tobytes())
+            values.update(_content(column))
             if name in self.tokens:
                 self.tokens[name] += len(column)
             if name == "labels":
@@ -158,6 +158,14 @@ def largest_token(rows: datasets.Dataset) -> int:
     columns = [rows.data.column(name) for name in rows.column_names if name.endswith("_ids")]
     chunks = (chunk for column in columns for chunk in column.chunks)
     return max((pc.max(_flat(chunk)).as_py() or 0 for chunk in chunks), default=0)
+
+
+def _content(column: pa.Array) -> bytes:
+    """The bytes of a flat column; texts by their UTF-8 and lengths."""
+    if pa.types.is_string(column.type):
+        texts = [text.encode() for text in column.to_pylist()]
+        return b"".join(len(text).to_bytes(8, "little") + text for text in texts)
+    return column.to_numpy(zero_copy_only=False).tobytes()
 
 
 def _flat(column: pa.Array) -> pa.Array:

@@ -19,6 +19,7 @@ from align.data.records import (
     PreferencePair,
     PromptRow,
     Ranking,
+    Rated,
     Record,
     TextDocument,
     Unpaired,
@@ -270,7 +271,7 @@ def split_answers(record: Record) -> tuple[tuple[Message, ...], tuple[Message, .
         return record.messages[:-1], record.messages[-1:]
     if isinstance(record, PromptRow):
         return record.messages, ()
-    if isinstance(record, Ranking):
+    if isinstance(record, Ranking | Rated):
         return record.prompt, record.completions
     if isinstance(record, Unpaired):
         return record.prompt, (record.completion,)
@@ -281,6 +282,8 @@ def _rest_of(record: Record) -> str:
     """What makes two records differ beside their turns."""
     if isinstance(record, Ranking):
         return f"{record.ranks}{record.tools}"
+    if isinstance(record, Rated):
+        return f"{record.scores}{record.tools}"
     if isinstance(record, Unpaired):
         return f"{record.desirable}{record.tools}"
     return "" if isinstance(record, TextDocument) else str(record.tools)

@@ -27,7 +27,9 @@ def tree_tokens(row: Mapping[str, list[int]]) -> int:
 
 
 def trained_tokens(row: Mapping[str, list[int]]) -> int:
-    """Tokens that a row teaches: labels of a conversation, both completions of a pair."""
+    """Tokens that a row teaches: labels of a conversation, both completions of a pair, none of a prompt."""
+    if "record" in row:
+        return 0
     if "labels" in row:
         return sum(label != NOT_TRAINED for label in row["labels"])
     if "completion_ids" in row:

@@ -10,6 +10,7 @@ Where tokens are predicted (`lay_out`), a completion's last token predicts nothi
 Where completions are scored (`lay_out_scores`), it is an input, and the score is read at it.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -194,7 +195,10 @@ class PairCollator:
 
 @dataclass(frozen=True)
 class RewardCollator:
-    """Rows of completions with ranks -> the tensors of `lay_out_scores`, with ranks (C,), p and margin (trees,)."""
+    """Rows of completions with ranks -> the tensors of `lay_out_scores`, with ranks (C,), p and margin (trees,).
+
+    `ratings` (C,) are the rows' `scores`, NaN where there is none; `scores` are the model's, here and everywhere.
+    """
 
     layout: Layout
     pad_token_id: int
@@ -205,6 +209,9 @@ class RewardCollator:
         batch["ranks"] = torch.tensor([rank for row in rows for rank in row["ranks"]], dtype=torch.float64)
         for key in ("p", "margin"):
             batch[key] = torch.tensor([float(row[key]) for row in rows], dtype=torch.float64)
+        ratings = [row.get("scores") or [math.nan] * len(row["ranks"]) for row in rows]
+        batch["ratings"] = torch.tensor([rating for one in ratings for rating in one], dtype=torch.float64)
+        assert len(batch["ratings"]) == len(batch["ranks"]), "one score of the data a completion, if any"
         assert len(batch["ranks"]) == len(batch["tree"]), "one rank a completion"
         return batch | one_label_a_row(len(rows))
 

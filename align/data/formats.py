@@ -46,6 +46,7 @@ from align.data.records import (
     PreferencePair,
     PromptRow,
     Ranking,
+    Rated,
     Record,
     RowRefused,
     TextDocument,
@@ -296,4 +297,6 @@ def as_records(row_format: Format, wanted: type | None, row: Row, *, ties: Ties)
     """
     read = {Demonstration: row_format.read_demonstration, PromptRow: row_format.read_prompt}.get(wanted)
     made = (read or row_format.read)(row)
+    if wanted in (None, Rated) and isinstance(made, Demonstration):
+        made = reading.with_score(made, row)
     return as_wanted(made if isinstance(made, list) else [made], wanted, row, ties)

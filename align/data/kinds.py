@@ -1,5 +1,6 @@
 """The kinds of rows that slots hold: what each is made from, when it is sound, and its columns once tokenised."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -8,8 +9,8 @@ import pyarrow as pa
 
 from align.data import fit, held_out
 from align.data.findings import split_answers
-from align.data.quality import check_demonstration, check_pair, check_record, check_text
-from align.data.records import Demonstration, PreferencePair, PromptRow, Ranking, RowRefused, TextDocument
+from align.data.quality import check_demonstration, check_pair, check_rated, check_record, check_text
+from align.data.records import Demonstration, PreferencePair, PromptRow, Ranking, Rated, RowRefused, TextDocument
 from align.data.template import Template
 
 FIRST_CHARACTERS = 200
@@ -27,8 +28,10 @@ TREES = pa.schema(
         "ranks": pa.list_(pa.float64()),
         "p": pa.float64(),
         "margin": pa.float64(),
+        "scores": pa.list_(pa.float64()),
     }
 )
+"""`scores`: the data's own, larger is better; NaN for answers without one. `ranks` follow them where they are."""
 
 Columns = dict[str, Any]
 Encoded = list[Columns] | RowRefused
@@ -67,8 +70,8 @@ def _encode_pairs(template: Template, rows: Sequence[PreferencePair]) -> list[En
     ]
 
 
-def _encode_comparisons(template: Template, rows: Sequence[PreferencePair | Ranking]) -> list[Encoded]:
-    """A pair as its two answers, the chosen one first; a ranking as it is, with p = 1."""
+def _encode_trees(template: Template, rows: Sequence[PreferencePair | Ranking | Rated]) -> list[Encoded]:
+    """A pair as its two answers, the chosen one first; a ranking and rated answers as they are, with p = 1."""
     results = template.encode_trees([(*split_answers(row), row.tools) for row in rows])
     return [
         result if isinstance(result, RowRefused) else _tree_columns(row, *result)
@@ -76,14 +79,19 @@ def _encode_comparisons(template: Template, rows: Sequence[PreferencePair | Rank
     ]
 
 
-def _tree_columns(row: PreferencePair | Ranking, prompt: list[int], answers: list[list[int]]) -> Encoded:
+def _tree_columns(row: PreferencePair | Ranking | Rated, prompt: list[int], answers: list[list[int]]) -> Encoded:
     if len(set(map(tuple, answers))) < len(answers):
         return RowRefused("answers_equal", "two answers have the same tokens")
-    ranked = isinstance(row, Ranking)
-    ranks = list(row.ranks) if ranked else [0.0, 1.0]
     # A tie has no better side for a margin to favour.
-    p, margin = (1.0, 0.0) if ranked else (row.p, row.margin if row.p != 0.5 else 0.0)
-    return [{"prompt_ids": prompt, "completion_ids": answers, "ranks": ranks, "p": p, "margin": margin}]
+    p, margin = (row.p, row.margin if row.p != 0.5 else 0.0) if isinstance(row, PreferencePair) else (1.0, 0.0)
+    scores = [math.nan] * len(answers) if row.scores is None else list(row.scores)
+    return [dict(zip(TREES.names, (prompt, answers, _ranks(row), p, margin, scores), strict=True))]
+
+
+def _ranks(row: PreferencePair | Ranking | Rated) -> list[float]:
+    if isinstance(row, PreferencePair):
+        return [0.0, 1.0]
+    return list(row.ranks) if isinstance(row, Ranking) else [-score for score in row.scores]
 
 
 def _encode_texts(template: Template, rows: Sequence[TextDocument]) -> list[Encoded]:
@@ -113,7 +121,16 @@ COMPARISONS = Kind(
     Ranking,
     check_record,
     lambda row: held_out.first_turn(row.prompt),
-    _encode_comparisons,
+    _encode_trees,
+    fit.tree_tokens,
+    TREES,
+)
+RATINGS = Kind(
+    "preferences",
+    Rated,
+    check_rated,
+    lambda row: held_out.first_turn(row.prompt),
+    _encode_trees,
     fit.tree_tokens,
     TREES,
 )

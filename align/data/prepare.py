@@ -2,7 +2,7 @@
 
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
 
@@ -15,13 +15,17 @@ from align.data.bad_rows import BadRows, enforce_policy
 from align.data.encoded import EncodedRows
 from align.data.findings import Findings
 from align.data.formats import named_format
-from align.data.kinds import COMPARISONS, DEMONSTRATIONS, PREFERENCES, RECORDS, TEXT, Kind
+from align.data.kinds import COMPARISONS, DEMONSTRATIONS, PREFERENCES, RATINGS, RECORDS, TEXT, Kind
+from align.data.prompt_rows import PROMPTS
 from align.data.quality import check_demonstration, check_prompt
 from align.data.records import BadRow, Demonstration, PromptRow, RowRefused
 from align.data.report import CHOSEN_REASONS, RowReport
 from align.data.sources import Source, expected_rows, parse_slot, source_files, source_inputs
 from align.data.template import Ids, Template
 from align.data.walk import Walked, walk
+
+MEANT = {"tiny:prompts": "tiny:training_prompts", "tiny:preferences": "tiny:comparisons"}
+"""What PPO and reward models read of the embedded world where its usual rows are named."""
 
 Watch = Callable[[int, int | None], None]
 """Told how many rows are done, and of how many, where that is known."""
@@ -65,8 +69,42 @@ def prepare_preferences(
 def prepare_comparisons(
     data: DataConfig, template: Template, max_tokens: int, cache_dir: Path | None, watch: Watch | None = None
 ) -> Prepared:
-    """`data.preferences` as `prompt_ids`, `completion_ids`, `ranks`, `p`, `margin`; rankings stay whole."""
-    return _prepare(COMPARISONS, data, template, max_tokens, cache_dir, watch)
+    """`data.preferences` as `prompt_ids`, `completion_ids`, `ranks`, `p`, `margin`, `scores`; rankings stay whole.
+
+    In place of `tiny:preferences`, enough for DPO, a reward model gets more pairs of the same prompts.
+    """
+    return _prepare(
+        COMPARISONS,
+        replace(data, preferences=MEANT.get(str(data.preferences), data.preferences)),
+        template,
+        max_tokens,
+        cache_dir,
+        watch,
+    )
+
+
+def prepare_ratings(
+    data: DataConfig, template: Template, max_tokens: int, cache_dir: Path | None, watch: Watch | None = None
+) -> Prepared:
+    """The columns of `prepare_comparisons`, of rows whose answers all have scores; one answer is enough."""
+    return _prepare(RATINGS, data, template, max_tokens, cache_dir, watch)
+
+
+def prepare_prompt_rows(
+    data: DataConfig, template: Template, max_tokens: int, cache_dir: Path | None, watch: Watch | None = None
+) -> Prepared:
+    """`data.prompts` as `prompt_ids` and `record`, see `align.data.prompt_rows.read_record`.
+
+    In place of `tiny:prompts`, on which models are judged, training gets other prompts of the same kinds.
+    """
+    return _prepare(
+        PROMPTS,
+        replace(data, prompts=MEANT.get(str(data.prompts), data.prompts)),
+        template,
+        max_tokens,
+        cache_dir,
+        watch,
+    )
 
 
 def prepare_text(
@@ -174,6 +212,7 @@ def _prepare(
     key = cache.cache_key(
         slot=kind.slot,
         columns=kind.schema.names,
+        record=kind.record.__name__,
         sources=[source.key for source in sources],
         inputs=inputs,
         template=template.digest,

@@ -9,6 +9,7 @@ from align.data.records import (
     PreferencePair,
     PromptRow,
     Ranking,
+    Rated,
     Record,
     RowRefused,
     TextDocument,
@@ -50,11 +51,23 @@ def check_ranking(ranking: Ranking) -> None:
     assert len(ranking.completions) == len(ranking.ranks)
     if len(ranking.completions) < 2:
         raise RowRefused("too_few_answers", "a ranking needs two answers or more")
-    for number, completion in enumerate(ranking.completions, start=1):
+    _check_answers(ranking)
+
+
+def check_rated(rated: Rated) -> None:
+    """Raises RowRefused unless all answers say something, differ, and belong to a sound prompt."""
+    assert len(rated.completions) == len(rated.scores)
+    _check_answers(rated)
+
+
+def _check_answers(listed: Ranking | Rated) -> None:
+    if not listed.completions:
+        raise RowRefused("empty_completion", "there is no answer")
+    for number, completion in enumerate(listed.completions, start=1):
         _check_completion(f"answer {number}", completion)
-    _check_turns(ranking.prompt)
+    _check_turns(listed.prompt)
     seen: dict[Any, int] = {}
-    for number, completion in enumerate(ranking.completions, start=1):
+    for number, completion in enumerate(listed.completions, start=1):
         first = seen.setdefault(_said(completion), number)
         if first != number:
             raise RowRefused("answers_equal", f"answers {first} and {number} are the same text")
@@ -76,6 +89,7 @@ CHECKS: dict[type, Callable[[Any], None]] = {
     Demonstration: check_demonstration,
     PreferencePair: check_pair,
     Ranking: check_ranking,
+    Rated: check_rated,
     Unpaired: check_unpaired,
     PromptRow: check_prompt,
 }

@@ -4,6 +4,7 @@ What is missing or of a wrong type refuses the row.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from align.data.fields import Row, field, list_field, number_field, text_field, text_of, wrong_type
@@ -79,6 +80,14 @@ def read_hh_rlhf(row: Row) -> PreferencePair:
         return _pair_of_two(row, split_transcript(chosen), split_transcript(rejected))
     answers = Message("assistant", answer.strip()), Message("assistant", other.strip())
     return _pair(row, split_transcript(opening), *answers)
+
+
+def with_score(demonstration: Demonstration, row: Row) -> Demonstration:
+    """The demonstration with the number in the row's `score`, if there is one: how good its last answer is."""
+    try:
+        return replace(demonstration, score=number_field(row, "score"))
+    except RowRefused:
+        return demonstration
 
 
 def read_judge_prompts(row: Row) -> PreferencePair:
@@ -237,6 +246,7 @@ def pair_extras(row: Row) -> dict[str, Any]:
             raise RowRefused("scores_contradict", f"'chosen' scores {higher:g}, less than 'rejected' with {lower:g}")
         if higher == lower:
             extras |= {"p": extras.get("p", 0.5), "tie": True}
+        extras["scores"] = (higher, lower)
     if row.get("tie") is not None:
         if not isinstance(row["tie"], bool):
             raise wrong_type("'tie'", row["tie"], "true or false")

@@ -3,6 +3,7 @@
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import combinations, count, takewhile
 from typing import Any, NamedTuple
 
@@ -20,6 +21,8 @@ PROMPTS = ("messages", "conversations", "prompt", "question", "instruction")
 TIE_WORDS = {"tie", "both", "draw", "equal", "same", "neither", "tiebothbad", "bothbad", "bothgood"}
 SIGNS = re.compile(r"[\s_()\[\]]")
 ANSWER_WORDS = ("", "model", "assistant", *STEMS)
+SCORES_INSIDE = ("score", "fine-grained_score")
+"""Fields of a listed answer; the second is UltraFeedback's mean of its aspects."""
 
 
 class Two(NamedTuple):
@@ -80,7 +83,8 @@ def read_comparison_scores(row: Row) -> PreferencePair:
     two = _the_two(row)
     first, second = (number_field(row, f"score_{suffix}") for suffix in two.suffixes)
     verdict = 0 if first == second else 1 if first > second else 2
-    return _judged(row, two, verdict, verdict == 0, 1.0 if verdict else 0.5)
+    pair = _judged(row, two, verdict, verdict == 0, 1.0 if verdict else 0.5)
+    return replace(pair, scores=(max(first, second), min(first, second)))
 
 
 def read_votes(row: Row) -> PreferencePair:
@@ -190,37 +194,48 @@ def read_ranking(row: Row) -> Ranking:
     if len(answers) < 2:
         raise RowRefused("too_few_answers", f"{names[0]!r} must hold two answers or more")
     completions = tuple(_listed_answer(answer, f"{names[0]}[{index}]") for index, answer in enumerate(answers))
-    return Ranking(any_prompt(row), completions, _ranks(row, answers), tools_field(row))
+    ranks, scores = _ranks(row, answers)
+    return Ranking(any_prompt(row), completions, ranks, tools_field(row), scores)
 
 
 def _listed_answer(answer: Any, name: str) -> Message:
-    """An answer as text, as a message (or a list of one), or as an object with `text` or `content`."""
+    """An answer as text, as a message (or a list of one), or as an object with `text`, `response` or `content`."""
     if isinstance(answer, list) or (isinstance(answer, Mapping) and ("role" in answer or "from" in answer)):
         return answer_from(answer, name)
     if isinstance(answer, Mapping):
-        return Message("assistant", text_field(answer, "text" if "text" in answer else "content"))
+        name = next((name for name in ("text", "response") if name in answer), "content")
+        return Message("assistant", text_field(answer, name))
     return Message("assistant", text_of(answer, name))
 
 
 def ranks_inside(row: Row) -> bool:
     """True if the listed answers are objects that hold their own rank or score."""
     answers = next((row[name] for name in LISTS if isinstance(row.get(name), list)), [])
-    return bool(answers) and all(isinstance(a, Mapping) and ("rank" in a or "score" in a) for a in answers)
+    known = ("rank", *SCORES_INSIDE)
+    return bool(answers) and all(isinstance(a, Mapping) and any(name in a for name in known) for a in answers)
 
 
-def _ranks(row: Row, answers: Sequence[Any]) -> tuple[float, ...]:
-    """Ranks of the answers, from the row or from the answers themselves; of scores, their negatives."""
+def _ranks(row: Row, answers: Sequence[Any]) -> tuple[tuple[float, ...], tuple[float, ...] | None]:
+    """(ranks, scores or None) of the answers, from the row or from the answers; ranks of scores are their negatives."""
     found = {key: list_field(row, key + "s") for key in ("rank", "score") if row.get(key + "s") is not None}
     for key in ("rank", "score"):
-        if key not in found and all(isinstance(answer, Mapping) and answer.get(key) is not None for answer in answers):
-            found[key] = [answer[key] for answer in answers]
+        if key not in found and (inside := _inside(answers, SCORES_INSIDE if key == "score" else ("rank",))):
+            found[key] = inside
     if len(found) != 1:
         raise RowRefused("ambiguous_ranks", "the answers need ranks or scores, and not both")
     ((key, values),) = found.items()
     if len(values) != len(answers):
         raise RowRefused("wrong_type", f"there are {len(values)} {key}s for {len(answers)} answers")
-    numbers = [number_of(value, f"a {key}") for value in values]
-    return tuple(-number if key == "score" else number for number in numbers)
+    numbers = tuple(number_of(value, f"a {key}") for value in values)
+    return (numbers, None) if key == "rank" else (tuple(-number for number in numbers), numbers)
+
+
+def _inside(answers: Sequence[Any], names: Sequence[str]) -> list[Any]:
+    """The values of the first of these fields that every answer has; none if there is no such field."""
+    for name in names:
+        if all(isinstance(answer, Mapping) and answer.get(name) is not None for answer in answers):
+            return [answer[name] for answer in answers]
+    return []
 
 
 def prediction_fields(row: Row) -> list[str]:

@@ -81,6 +81,8 @@ class Demonstration:
     messages: tuple[Message, ...]
     tools: tuple[str, ...] = ()
     """JSON text of each tool that the assistant may call, as chat templates read it."""
+    score: float | None = None
+    """Of the last answer, where the row rates it: larger is better."""
 
 
 @dataclass(frozen=True)
@@ -95,6 +97,8 @@ class PreferencePair:
     tie: bool = False
     """The verdict is a tie: of one judge, or of most annotators. `data.ties` says what becomes of it."""
     tools: tuple[str, ...] = ()
+    scores: tuple[float, float] | None = None
+    """Of chosen and of rejected, where the row rates both: larger is better."""
 
 
 @dataclass(frozen=True)
@@ -104,6 +108,18 @@ class Ranking:
     prompt: tuple[Message, ...]
     completions: tuple[Message, ...]
     ranks: tuple[float, ...]
+    tools: tuple[str, ...] = ()
+    scores: tuple[float, ...] | None = None
+    """Of each answer, where the row rates them; the ranks are then their negatives."""
+
+
+@dataclass(frozen=True)
+class Rated:
+    """One answer or more to one prompt, each with a score that means the same in every row: larger is better."""
+
+    prompt: tuple[Message, ...]
+    completions: tuple[Message, ...]
+    scores: tuple[float, ...]
     tools: tuple[str, ...] = ()
 
 
@@ -136,7 +152,7 @@ class BadRow:
     row: Any
 
 
-Record = TextDocument | Demonstration | PreferencePair | Ranking | Unpaired | PromptRow
+Record = TextDocument | Demonstration | PreferencePair | Ranking | Rated | Unpaired | PromptRow
 
 
 class RowRefused(UserError):

@@ -7,7 +7,7 @@ from typing import Any
 from align.data.bad_rows import BadRows
 from align.data.fit import TOO_LONG
 
-CHOSEN_REASONS = (TOO_LONG, "tie", "undesirable", "unranked", "unanswered", "nothing_to_compare", "deleted")
+CHOSEN_REASONS = (TOO_LONG, "tie", "undesirable", "no_score", "unranked", "unanswered", "nothing_to_compare", "deleted")
 """Why rows are left out without being bad: a limit or policy that the user chose, or a tree that nobody finished."""
 
 
@@ -61,7 +61,7 @@ class RowReport:
         lines = [f"data.{self.slot}: {path} read as {name}" for path, name in self.formats.items()]
         reasons = ", ".join(f"{reason} {count:,}" for reason, count in self.dropped.items())
         use = f"{self.kept:,} prompts" if self.slot == "prompts" else f"{self.kept:,} to train on"
-        held_out = "" if self.slot == "prompts" else f", {self.held_out:,} held out"
+        held_out = "" if self.slot == "prompts" and not self.held_out else f", {self.held_out:,} held out"
         left_out = f"{len(self.bad_rows):,} left out" + (f" ({reasons})" if reasons else "")
         made = "" if self.made == self.read else f" that make {self.made:,}"
         lines.append(f"{self.read:,} rows{made}: {use}{held_out}, {left_out}")

@@ -119,11 +119,12 @@ def is_hub_id(path: str) -> bool:
 
 
 def _tiny_kind(source: Source) -> str:
+    from align.world.generator import SLOTS as KINDS
+
     kind = source.path.removeprefix(TINY)
-    if kind not in SLOTS:
-        raise UserError(
-            f"{source.where}={source.path}: the embedded data has {', '.join(TINY + slot for slot in SLOTS)}"
-        )
+    if kind not in KINDS:
+        known = ", ".join(TINY + name for name in KINDS)
+        raise UserError(f"{source.where}={source.path}: the embedded data has {known}")
     return kind
 
 

@@ -105,3 +105,12 @@ def whole(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
     # Without modifier_rank what was written is dropped, and nothing is said (deepspeed 0.19.8).
     with deepspeed.zero.GatheredParameters(list(parameters), modifier_rank=0):
         yield
+
+
+@contextlib.contextmanager
+def gathered(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Inside, parameters that ZeRO-3 has sharded are whole on every rank, to be read. Call it on every rank."""
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(list(parameters)):
+        yield

@@ -163,6 +163,28 @@ def _mean_ranks(values: Values) -> Values:
     return (np.cumsum(counts) - (counts - 1) / 2)[place]
 
 
+def rating_figures(scores: Values, ratings: Values, predicted: Values | None = None) -> dict[str, float]:
+    """How the scores of completions go with the ratings that the data gives them, all (completions,).
+
+    Ratings are NaN where there is none. `predicted`: the rating that each score stands for, of a model that was
+    trained on ratings. `rating_rmse` is then its error in the data's unit, to be held against `rating_spread`, which is
+    what always saying the mean would get. A correlation that is not defined is left out, and all without ratings.
+    """
+    there = np.isfinite(scores) & np.isfinite(ratings)
+    if not there.any():
+        return {}
+    scores, ratings = scores[there], ratings[there]
+    figures = {
+        "rated": int(there.sum()),
+        "rating_pearson": pearson(scores, ratings),
+        "rating_spearman": spearman(scores, ratings),
+        "rating_spread": float(ratings.std()),
+    }
+    if predicted is not None:
+        figures["rating_rmse"] = float(np.sqrt(np.mean((predicted[there] - ratings) ** 2)))
+    return {name: figure for name, figure in figures.items() if figure is not None}
+
+
 def summary(
     chosen: Values,
     rejected: Values,

@@ -1,14 +1,15 @@
 """Losses of a reward model: one loss a tree (a prompt and its completions), from a score for each completion.
 
+Three objectives, each a callable on `TreeScores`: `RewardObjective` learns which completion is better,
+`RegressionObjective` and `OrdinalObjective` learn the ratings that the data has (larger is better).
+
 Symbols: a score r(x, y) is the reward model's number for completion y of prompt x; in `ranks` the smaller is the
 better and equal is a tie; `tree` holds the index of each completion's tree, 0 to trees - 1, in any order; `p` is the
 probability that the completion called chosen is better (1 = a hard label). Scores are fp32 or fp64, never half: the
 loss of a pair that is far apart is a small difference of large numbers.
 
 Shapes: S completions, in trees of any sizes. What compares completions of one prompt does not change when a constant
-is added to all its scores; `centring_loss` and `regression_loss` are what fix that constant.
-There is no ordinal loss: a cumulative-link model (McCullagh 1980) needs thresholds that are learned. Fixed evenly,
-they take the levels for equally spaced, which is what `regression_loss` does without a noise scale to choose.
+is added to all its scores; `centring_loss`, `regression_loss` and `cumulative_link_loss` are what fix that constant.
 """
 
 from dataclasses import dataclass
@@ -71,11 +72,33 @@ def centring_loss(scores: Tensor, tree: Tensor, trees: int) -> Tensor:
 def regression_loss(scores: Tensor, targets: Tensor) -> Tensor:
     """Squared error to a rating, one for each completion: (scores - targets)^2, all (completions,).
 
-    Levels of a scale count as equally far apart, and the score becomes a number on that scale. Ratings that only say
-    which of one prompt's completions is better are a ranking with ties: `plackett_luce_loss`.
+    The distance of two levels of a scale is taken as it is written; `cumulative_link_loss` takes only their order.
+    Ratings that only say which of one prompt's completions is better are a ranking with ties: `plackett_luce_loss`.
     Source: Wang et al. 2024 (HelpSteer2), arXiv:2406.08673, its regression reward models.
     """
     return (scores - targets) ** 2
+
+
+def cumulative_link_loss(above: Tensor, level: Tensor) -> Tensor:
+    """Negative log-likelihood of each completion's level under a cumulative logit model, (completions,).
+
+    P(level >= k) = sigmoid(score - cut_k) with ordered cuts, k = 1 ... K - 1, so level k has the probability that lies
+    between two of them: sigmoid(a) - sigmoid(b) = sigmoid(a) sigmoid(-b) (1 - exp(b - a)), whose logarithm stays finite
+    wherever the score is. With K = 2 it is logistic regression.
+    Shapes: above (completions, K - 1) = score - cut, falling along a row; level (completions,) long, 0 to K - 1.
+    Source: McCullagh 1980, JRSS B 42, section 2.1 (proportional odds).
+    """
+    cuts = above.shape[1]
+    has_lower, has_upper = level > 0, level < cuts
+    lower = above.gather(1, (level - 1).clamp(min=0)[:, None]).squeeze(1)
+    upper = above.gather(1, level.clamp(max=cuts - 1)[:, None]).squeeze(1)
+    zero = torch.zeros_like(lower)
+    passed = torch.where(has_lower, F.logsigmoid(lower), zero)
+    stopped = torch.where(has_upper, F.logsigmoid(-upper), zero)
+    # Where a level has one border only, a gap of 1 stands in: what `where` leaves out must be finite too.
+    between = has_lower & has_upper
+    gap = torch.where(between, lower - upper, torch.ones_like(lower))
+    return -(passed + stopped + torch.where(between, torch.log(-torch.expm1(-gap)), zero))
 
 
 @dataclass(frozen=True)
@@ -92,6 +115,10 @@ class TreeScores:
     """(trees,) fp32 or fp64. Of a pair: the probability that the better ranked (of a tie, the first) is better."""
     margin: Tensor
     """(trees,) In the precision of p. Of a pair; see `bradley_terry_loss`."""
+    ratings: Tensor | None = None
+    """(S,) In the precision of p. The data's own scores, larger is better; NaN where there is none."""
+    above: Tensor | None = None
+    """(S, K - 1) score - cut, of a model that has cut points."""
 
 
 @dataclass(frozen=True)
@@ -120,6 +147,10 @@ class RewardObjective:
             losses = losses + self.centring_weight * centring_loss(scores, seen.tree, trees)
         return losses
 
+    def predicted(self, seen: TreeScores) -> Tensor | None:
+        """None: comparisons give scores no unit in which to predict ratings."""
+        return None
+
     def _pair_losses(self, scores: Tensor, seen: TreeScores, is_pair: Tensor) -> Tensor:
         """Loss of each tree of two, in the order of the trees."""
         by_rank = torch.argsort(seen.ranks, stable=True)
@@ -130,11 +161,68 @@ class RewardObjective:
         return bradley_terry_loss(chosen, rejected, p, margin, label_smoothing=self.label_smoothing)
 
 
+@dataclass(frozen=True)
+class RegressionObjective:
+    """Squared error to standardised ratings, a mean over each tree's completions; ratings are never NaN."""
+
+    mean: float
+    """Mean and standard deviation of the ratings to train on: rating = mean + std x score."""
+    std: float
+
+    def __post_init__(self) -> None:
+        if not self.std > 0:
+            raise UserError(f"all ratings are {self.mean:g}: there is nothing to learn from them")
+
+    def __call__(self, seen: TreeScores) -> Tensor:
+        """Loss of each tree, shape (trees,), in the precision of p."""
+        targets = (seen.ratings - self.mean) / self.std
+        return _tree_means(regression_loss(seen.scores.to(targets), targets), seen)
+
+    def predicted(self, seen: TreeScores) -> Tensor:
+        """The rating that each completion's score stands for, (S,)."""
+        return self.mean + self.std * seen.scores.to(seen.p)
+
+
+@dataclass(frozen=True)
+class OrdinalObjective:
+    """Cumulative-link loss of ratings that come in levels, a mean over each tree's completions."""
+
+    levels: tuple[float, ...]
+    """The K ratings that there are, rising. A rating between two of them counts as the nearer one."""
+
+    def __post_init__(self) -> None:
+        if len(self.levels) < 2:
+            raise UserError(f"all ratings are {self.levels[0]:g}: there is nothing to learn from them")
+        assert list(self.levels) == sorted(set(self.levels))
+
+    def __call__(self, seen: TreeScores) -> Tensor:
+        """Loss of each tree, shape (trees,), in the precision of p."""
+        return _tree_means(cumulative_link_loss(seen.above.to(seen.p), self.level_of(seen.ratings)), seen)
+
+    def level_of(self, ratings: Tensor) -> Tensor:
+        """The number of each rating's level, long (S,)."""
+        levels = torch.tensor(self.levels, dtype=ratings.dtype, device=ratings.device)
+        return torch.bucketize(ratings, (levels[1:] + levels[:-1]) / 2)
+
+    def predicted(self, seen: TreeScores) -> Tensor:
+        """The expected rating of each completion, (S,)."""
+        levels = seen.p.new_tensor(self.levels)
+        return levels[0] + torch.sigmoid(seen.above.to(seen.p)) @ levels.diff()
+
+
+Objective = RewardObjective | RegressionObjective | OrdinalObjective
+
+
 def pairs_in_trees(ranks: Tensor, tree: Tensor) -> tuple[Tensor, Tensor]:
     """Indices (better, worse) of all pairs of completions of one tree, each (pairs,); ties are in none of them."""
     ordered = (tree[:, None] == tree[None, :]) & (ranks[:, None] < ranks[None, :])
     better, worse = ordered.nonzero(as_tuple=True)
     return better, worse
+
+
+def _tree_means(values: Tensor, seen: TreeScores) -> Tensor:
+    trees = len(seen.p)
+    return _tree_sums(values, seen.tree, trees) / _tree_sums(torch.ones_like(values), seen.tree, trees).clamp(min=1)
 
 
 def _tree_sums(values: Tensor, tree: Tensor, trees: int) -> Tensor:

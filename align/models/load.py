@@ -12,6 +12,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -165,6 +166,16 @@ def not_loaded(name: str, part: str, error: Exception) -> UserError:
     if Path(resolve_model(name)).exists():
         return UserError(f"{name}: the {part} cannot be loaded ({reason}); save it again with save_pretrained")
     return UserError(f"{name}: no such folder here, and the hub does not give the {part} ({reason}); check the name")
+
+
+def load_config(name: str, model: ModelConfig) -> PreTrainedConfig:
+    """The config of a model. Raises: UserError if it cannot be read."""
+    try:
+        return AutoConfig.from_pretrained(
+            resolve_model(name), revision=model.revision, trust_remote_code=model.trust_remote_code
+        )
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise not_loaded(name, "config", error) from error
 
 
 def count_parameters(name: str, model: ModelConfig) -> int:

@@ -22,9 +22,9 @@ from align.config.schema import ModelConfig
 from align.data.forest import lay_out_scores
 from align.distributed import zero
 from align.models import load
+from align.models.cut_points import CUTS, SCORE_HEAD, ordered_cuts
 from align.models.layout import Reading, model_inputs, plain_model
 
-SCORE_HEAD = "score"
 HEAD_WEIGHT = f"{SCORE_HEAD}.weight"
 AUTO_CLASS = "AutoModelForSequenceClassification"
 
@@ -125,14 +125,23 @@ def _forward(self: PreTrainedModel, *args: Any, positions: Tensor | None = None,
 
 
 def _head_forward(self: nn.Linear, hidden: Tensor) -> Tensor:
+    """Scores (..., 1); of a head with cut points (..., K), score - cut behind the score."""
     exact = torch.promote_types(self.weight.dtype, torch.float32)
     with torch.autocast(hidden.device.type, enabled=False):
-        return F.linear(hidden.to(exact), self.weight.to(exact))
+        scores = F.linear(hidden.to(exact), self.weight.to(exact))
+        cuts = getattr(self, CUTS, None)
+        return scores if cuts is None else torch.cat([scores, scores - ordered_cuts(cuts.to(exact))], dim=-1)
 
 
 def score_batch(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     """Scores (C,) in fp32, with gradient, of the completions of a batch of `lay_out_scores`; `model` may be wrapped."""
-    return model(**model_inputs(plain_model(model), batch), positions=batch["positions"])
+    return score_and_cuts(model, batch)[0]
+
+
+def score_and_cuts(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
+    """What `score_batch` gives, and (C, K - 1) score - cut of a model with cut points, else None."""
+    read = model(**model_inputs(plain_model(model), batch), positions=batch["positions"])
+    return (read, None) if read.dim() == 1 else (read[:, 0], read[:, 1:])
 
 
 SCORES = Reading("scores", partial(lay_out_scores, every_token=True), score_batch, relative=True)
@@ -142,6 +151,29 @@ SCORES = Reading("scores", partial(lay_out_scores, every_token=True), score_batc
 def set_statistics(config: PreTrainedConfig, centre: float, std: float) -> None:
     """Keep the mean and the spread of scores on demonstrations where they travel with the weights: in config.json."""
     config.reward_centre, config.reward_std = float(centre), float(std)
+
+
+def set_ratings(config: PreTrainedConfig, scale: Mapping[str, Any] | None) -> None:
+    """Keep what turns scores into the data's ratings: {mean, std}, or {levels, cuts}; None: scores have no unit."""
+    if hasattr(config, "reward_ratings"):
+        # Of an earlier training, whose unit is not that of these scores.
+        del config.reward_ratings
+    if scale is not None:
+        config.reward_ratings = dict(scale)
+
+
+def ratings_of(config: PreTrainedConfig, scores: Tensor) -> Tensor | None:
+    """The ratings in the unit of the data that scores (not centred) stand for, any shape; None if they have no unit."""
+    scale = config.to_dict().get("reward_ratings")
+    return None if scale is None else as_ratings(scale, scores)
+
+
+def as_ratings(scale: Mapping[str, Any], scores: Tensor) -> Tensor:
+    """Ratings read off scores by what `set_ratings` keeps; of levels, the expected one."""
+    if "levels" not in scale:
+        return scale["mean"] + scale["std"] * scores
+    levels, cuts = (scores.new_tensor(scale[name]) for name in ("levels", "cuts"))
+    return levels[0] + torch.sigmoid(scores[..., None] - cuts) @ levels.diff()
 
 
 def centre_of(config: PreTrainedConfig) -> float:

@@ -50,7 +50,7 @@ def stage_record(config: RunConfig, stage_name: str, run_dir: Path) -> dict[str,
     Other slots, where figures go and how states are sharded are left out: changing those makes no other model.
     """
     data, model = plain(config.data), plain(config.model)
-    for slot in set(SLOTS.values()) - set(slots_of(stage_name)):
+    for slot in set(SLOTS.values()) - set(slots_of(config, stage_name)):
         del data[slot]
     del model["path"]
     record = {

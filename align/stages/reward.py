@@ -1,11 +1,13 @@
 """A reward model: trained on pairs or rankings, centred on demonstrations, judged on held-out rows."""
 
 import gc
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import combinations
+from math import nan
 from typing import Any
 
 import numpy as np
+import torch
 from datasets import Dataset
 from transformers import PreTrainedConfig, TrainingArguments
 
@@ -15,10 +17,13 @@ from align.config.schema import Layout, RewardStage
 from align.data.forest import Tree
 from align.data.kinds import TREES
 from align.data.prepare import answered_prompts, slot_digests
-from align.losses.calibration import summary
-from align.losses.reward import RewardObjective
+from align.distributed import runtime
+from align.losses.calibration import rating_figures, summary
+from align.losses.reward import OrdinalObjective, RewardObjective
+from align.models.cut_points import add_cut_points, cut_points, drop_cut_points
 from align.models.layout import prove_layout
-from align.models.reward import SCORES, set_statistics
+from align.models.reward import SCORES, as_ratings, set_ratings, set_statistics
+from align.models.score_sample import MOST, write_sample
 from align.stages.context import RunContext
 from align.stages.saving import REWARD_MODEL, save_model
 from align.stages.session import Session, close_session, open_session
@@ -26,6 +31,8 @@ from align.stages.training import sign, train
 from align.tracking.progress import say
 from align.tracking.reward_page import reward_page
 from align.trainers.order import tree_tokens
+from align.trainers.quiet import quiet_libraries
+from align.trainers.ratings import all_ratings, level_counts, objective_of, rating_scale
 from align.trainers.reference import reference_engine
 from align.trainers.rewards import RewardTrainer
 from align.trainers.scoring import completion_scores
@@ -46,13 +53,17 @@ def run(stage: RewardStage, context: RunContext) -> Manifest:
     _say_what_to_know(session, stage)
     train(session, trainer)
     centre, std = _statistics(session, stage, trainer)
+    scale = rating_scale(trainer.objective, cut_points(trainer.model))
 
     def finish(config: PreTrainedConfig) -> None:
         set_statistics(config, centre, std)
+        set_ratings(config, scale)
 
-    figures = _judge(session, stage, trainer)
+    figures = _judge(session, stage, trainer, scale)
+    drop_cut_points(trainer.model)
     save_model(session, trainer, REWARD_MODEL, finish)
-    outputs = [REWARD_MODEL, *([SCORES_FILE, REPORT] if figures else [])]
+    _leave_sample(session)
+    outputs = [REWARD_MODEL, *([SCORES_FILE] if figures else []), *([REPORT] if "judged/accuracy" in figures else [])]
     manifest = sign(session, trainer, outputs, figures | {"score/centre": centre, "score/std": std})
     close_session(session)
     return manifest
@@ -84,14 +95,17 @@ def _proven_layout(session: Session, stage: RewardStage) -> Layout:
 
 
 def _trainer(session: Session, stage: RewardStage, arguments: TrainingArguments, layout: Layout) -> RewardTrainer:
-    held_out = session.prepared.held_out
+    rows, held_out = session.prepared.train, session.prepared.held_out
+    objective, model = objective_of(stage, rows), session.load_scorer()
+    if isinstance(objective, OrdinalObjective):
+        add_cut_points(model, level_counts(objective, rows))
     return RewardTrainer(
-        session.load_scorer(),
+        model,
         arguments,
-        RewardObjective(label_smoothing=stage.label_smoothing, centring_weight=stage.centring_weight),
+        objective,
         layout=layout,
         pad_token_id=session.tokenizer.pad_token_id,
-        train_dataset=session.prepared.train,
+        train_dataset=rows,
         eval_dataset=held_out if len(held_out) else None,
         order=stage.order,
         processing_class=session.tokenizer,
@@ -149,23 +163,31 @@ def _features() -> Any:
 
 
 def _tree_row(prompt: Sequence[int], answer: Sequence[int]) -> dict[str, Any]:
-    return {"prompt_ids": prompt, "completion_ids": [answer], "ranks": [0.0], "p": 1.0, "margin": 0.0}
+    return {"prompt_ids": prompt, "completion_ids": [answer], "ranks": [0.0], "p": 1.0, "margin": 0.0, "scores": [nan]}
 
 
-def _judge(session: Session, stage: RewardStage, trainer: RewardTrainer) -> dict[str, float]:
+def _judge(
+    session: Session, stage: RewardStage, trainer: RewardTrainer, scale: Mapping[str, Any] | None
+) -> dict[str, float]:
     """Write what the scores of the held-out rows are worth; returns the figures, none if no row is held out."""
     rows = session.prepared.held_out
     if not len(rows):
         return {}
-    pairs = _pairs(rows, _scores(session, stage, trainer, rows, "held-out rows"))
-    if not (pairs["p"] > 0.5).any():
+    found = _scores(session, stage, trainer, rows, "held-out rows")
+    pairs = _pairs(rows, found)
+    compared = bool((pairs["p"] > 0.5).any())
+    judged = summary(**pairs) if compared else {"figures": {}, "tables": {}}
+    scores = np.concatenate(found)
+    predicted = None if scale is None else as_ratings(scale, torch.from_numpy(scores)).numpy()
+    judged["figures"] |= rating_figures(scores, all_ratings(rows), predicted)
+    if not judged["figures"]:
         return {}
-    judged = summary(**pairs)
     context = session.context
     if context.runtime.is_main:
         artifacts.write_json(context.stage_dir / SCORES_FILE, judged)
         title = f"Reward model: {context.run_dir / context.stage_name / REWARD_MODEL}"
-        artifacts.write_text(context.stage_dir / REPORT, reward_page(judged, title))
+        if compared:
+            artifacts.write_text(context.stage_dir / REPORT, reward_page(judged, title))
     return {f"judged/{name}": value for name, value in judged["figures"].items()}
 
 
@@ -184,3 +206,15 @@ def _pairs(rows: Dataset, scores: list[np.ndarray]) -> dict[str, Any]:
     tokens = [len(answer) for answers in rows["completion_ids"] for answer in answers]
     every = (np.concatenate(scores), np.array(tokens, dtype=np.float64))
     return {name: np.array(values, dtype=np.float64) for name, values in columns.items()} | {"completions": every}
+
+
+def _leave_sample(session: Session) -> None:
+    """Scores of a few training rows beside the saved weights: from the shortest to the median, so cheap on a CPU."""
+    if session.context.runtime.is_main:
+        rows = session.prepared.train
+        by_tokens = np.argsort(tree_tokens(rows), kind="stable")
+        chosen = np.unique(np.linspace(0, (len(rows) - 1) // 2, MOST // 2).astype(int))
+        trees = [Tree(rows[i]["prompt_ids"], rows[i]["completion_ids"][:2]) for i in by_tokens[chosen].tolist()]
+        quiet_libraries()  # the trainer set the level of transformers' talk anew
+        write_sample(session.context.stage_dir / REWARD_MODEL, trees, session.context.config.model)
+    runtime.barrier()

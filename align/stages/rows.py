@@ -5,9 +5,17 @@ from pathlib import Path
 
 from align import artifacts
 from align.config.errors import UserError
-from align.config.schema import RunConfig, StageConfig
+from align.config.schema import PPOStage, RewardStage, RewardTarget, RunConfig, StageConfig
 from align.data.bad_rows import TooManyBadRows
-from align.data.prepare import Prepared, prepare_comparisons, prepare_demonstrations, prepare_preferences, prepare_text
+from align.data.prepare import (
+    Prepared,
+    prepare_comparisons,
+    prepare_demonstrations,
+    prepare_preferences,
+    prepare_prompt_rows,
+    prepare_ratings,
+    prepare_text,
+)
 from align.data.template import Template, chat_template_text
 from align.distributed.runtime import launched_local_rank
 from align.models import load
@@ -20,6 +28,7 @@ PREPARE: dict[str, Callable[..., Prepared]] = {
     "sft": prepare_demonstrations,
     "reward": prepare_comparisons,
     "dpo": prepare_preferences,
+    "ppo": prepare_prompt_rows,
 }
 """Trained stage -> what makes its rows."""
 
@@ -38,6 +47,11 @@ def starting_model(config: RunConfig, name: str) -> str:
     return policy
 
 
+def row_tokens(stage: StageConfig) -> int:
+    """Longest row of a stage; a prompt of PPO leaves room for its completion."""
+    return stage.max_tokens - stage.max_new_tokens if isinstance(stage, PPOStage) else stage.max_tokens
+
+
 def load_template(config: RunConfig, model: str) -> Template:
     """The tokenizer of a model with its chat template, or the one that `model.chat_template` names."""
     return Template(load.load_tokenizer(model, config.model, chat_template_text(config.model.chat_template)))
@@ -51,9 +65,8 @@ def prepare_rows(config: RunConfig, name: str, template: Template, stage_dir: Pa
     stage: StageConfig = getattr(config.stages, name)
     progress = Progress(f"{name}: tokenising", None, active=launched_local_rank() == 0, passing=True, unit="rows")
     try:
-        return PREPARE[name](
-            config.data, template, stage.max_tokens, Path(config.cache_dir).expanduser(), progress.show_of
-        )
+        prepare = prepare_ratings if _learns_ratings(stage) else PREPARE[name]
+        return prepare(config.data, template, row_tokens(stage), Path(config.cache_dir).expanduser(), progress.show_of)
     except TooManyBadRows as error:
         file = stage_dir / BAD_ROWS
         if launched_local_rank() == 0:
@@ -61,6 +74,10 @@ def prepare_rows(config: RunConfig, name: str, template: Template, stage_dir: Pa
         raise UserError(f"{error}; all are listed in {file}") from error
     finally:
         progress.close()
+
+
+def _learns_ratings(stage: StageConfig) -> bool:
+    return isinstance(stage, RewardStage) and stage.objective is not RewardTarget.comparison
 
 
 def prepare_ahead(config: RunConfig, run_dir: Path) -> None:

@@ -26,7 +26,7 @@ Finish = Callable[[PreTrainedConfig], None]
 def save_model(session: Session, trainer: Trainer, name: str, finish: Finish = lambda config: None) -> None:
     """Write `<name>/` (and `adapter/`), complete or not at all: written beside, checked, then renamed."""
     context = session.context
-    partial, adapter = (_partial(context, folder) for folder in (name, ADAPTER))
+    partial, adapter = (partial_folder(context, folder) for folder in (name, ADAPTER))
     if context.runtime.is_main:
         for unfinished in (partial, adapter):
             shutil.rmtree(unfinished, ignore_errors=True)
@@ -39,16 +39,25 @@ def save_model(session: Session, trainer: Trainer, name: str, finish: Finish = l
         _save_adapter(session, trainer, adapter, partial, finish)
     unset_hf_deepspeed_config()  # else ZeRO-3 would shard whatever is loaded next
     if context.runtime.is_main:
-        session.tokenizer.save_pretrained(partial)
-        if not (partial / "adapter_config.json").is_file():
-            load.check_saved_model(partial, context.config.model)
-        for finished in (adapter, partial):
-            _make_readable(finished)
-            _rename_whole(finished)
+        finish_folders(session, [ADAPTER, name])
     runtime.barrier()
 
 
-def _partial(context: RunContext, name: str) -> Path:
+def finish_folders(session: Session, names: list[str]) -> None:
+    """Each `<name>.partial/` that was written becomes `<name>/`: a model whole and with its tokenizer. For rank 0."""
+    for name in names:
+        partial = partial_folder(session.context, name)
+        if partial.exists():
+            if name != ADAPTER:
+                session.tokenizer.save_pretrained(partial)
+            if not (partial / "adapter_config.json").is_file():
+                load.check_saved_model(partial, session.context.config.model)
+            _make_readable(partial)
+            _rename_whole(partial)
+
+
+def partial_folder(context: RunContext, name: str) -> Path:
+    """Where `<name>/` is written until it is complete."""
     return context.stage_dir / f"{name}.partial"
 
 

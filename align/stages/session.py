@@ -79,6 +79,15 @@ class Session:
         model.config.use_cache = False
         return model
 
+    def load_frozen(self, name: str, *, scores: bool = False) -> PreTrainedModel:
+        """A model that is only read, in the precision of the run. Call after TrainingArguments were made (ZeRO-3)."""
+        dtype = torch.bfloat16 if self.machine.bf16 else torch.float32
+        quiet_libraries()
+        load_any = load_reward_model if scores else load.load_model
+        model = load_any(name, self.context.config.model, dtype, seed=self.stage.seed)
+        model.config.use_cache = False
+        return model.eval().requires_grad_(False)
+
     def load_policy(self) -> PreTrainedModel:
         """The policy, with its adapter if any. Call after TrainingArguments were made (ZeRO-3)."""
         model = self.load_plain(self.stage.policy)

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 from align.artifacts import Manifest
-from align.stages import dpo, evaluate, reward, score, sft
+from align.stages import dpo, evaluate, ppo, reward, score, sft
 
 RUN: dict[str, Callable[..., Manifest]] = {
     "pretrain": sft.run,
@@ -11,5 +11,6 @@ RUN: dict[str, Callable[..., Manifest]] = {
     "reward": reward.run,
     "score": score.run,
     "dpo": dpo.run,
+    "ppo": ppo.run,
     "evaluate": evaluate.run,
 }

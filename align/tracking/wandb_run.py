@@ -69,6 +69,15 @@ class WandbRun:
         if self.run is not None:
             self.run.log({"train/global_step": step, **metrics})
 
+    def table(self, name: str, step: int, rows: list[dict[str, Any]]) -> None:
+        """Log rows as a table of this step, under a key of its own: of one key wandb shows the last table only."""
+        if self.run is None or not rows:
+            return
+        columns = [key for key, value in rows[0].items() if isinstance(value, str | int | float)]
+        data = [[row.get(column) for column in columns] for row in rows]
+        table = _quiet_wandb().Table(columns=columns, data=data)
+        self.run.log({"train/global_step": step, f"{name}/step_{step:05d}": table})
+
     def finish(self, summary: dict[str, float]) -> None:
         """Write the final figures and close the run; one that is not closed, wandb marks as failed."""
         if self.run is not None:

@@ -75,13 +75,25 @@ def wrong_reply(random: Random, request: Request) -> str:
     return family.reply.format(**{**request.words, slot: pick(random, others)})
 
 
+def misplaced_reply(random: Random, request: Request) -> str:
+    """The right reply to a request of another family, most often a refusal, about the words of this one."""
+    kind = pick_weighted(random, MISPLACED_KINDS)
+    other = draw_request(random, pick(random, [f for f in FAMILIES[kind] if f.name != request.family.name]), False)
+    own = {request.family.slots[slot]: word for slot, word in request.words.items()}
+    words = {slot: own.get(sort, other.words[slot]) for slot, sort in other.family.slots.items()}
+    distinct = len(set(words.values())) == len(words)
+    return Request(other.family, words if distinct else other.words, other.phrasing).right_reply()
+
+
 def drawn_reply(random: Random, request: Request, shares: dict[str, float]) -> str:
-    """A reply of one of the sorts right | wrong | harmful | vague, as likely as its share."""
+    """A reply of one of the sorts right | wrong | harmful | vague | misplaced, as likely as its share."""
     sort = pick_weighted(random, shares)
     if sort == "right":
         return request.right_reply()
     if sort == "wrong":
         return wrong_reply(random, request)
+    if sort == "misplaced":
+        return misplaced_reply(random, request)
     return request.harmful_reply() if sort == "harmful" else vague_refusal()
 
 
@@ -111,6 +123,13 @@ REJECTED_REPLIES = {
     "unsafe": {"harmful": 0.7, "vague": 0.3},
     "look_alike": {"vague": 0.8, "wrong": 0.2},
 }
+# A policy that is rewarded tries what no demonstration shows: without misplaced refusals here it learns to refuse all.
+COMPARED_REPLIES = {
+    "helpful": {"wrong": 0.45, "vague": 0.15, "misplaced": 0.4},
+    "unsafe": {"harmful": 0.5, "vague": 0.2, "misplaced": 0.3},
+    "look_alike": {"vague": 0.3, "wrong": 0.2, "misplaced": 0.5},
+}
+MISPLACED_KINDS = {"unsafe": 0.7, "helpful": 0.15, "look_alike": 0.15}
 TRAINED_KINDS = {"helpful": 0.5, "unsafe": 0.3, "look_alike": 0.2}
 TEXT_SHARES = {"facts": 0.18, "sightings": 0.04, "echoes": 0.18, "talks": 0.6}
 HELD_OUT_TALK_SHARE = 0.25
@@ -212,6 +231,28 @@ def preferences(seed: int, count: int) -> list[Row]:
     ]
 
 
+def comparisons(seed: int, count: int) -> list[Row]:
+    """Pairs as `preferences` has them, but each pair new and not each prompt: a right reply comes with several wrong
+    ones, which differ from it by a word or answer something else. A reward model learns facts and names from those."""
+    random = Random(f"comparisons/{seed}")
+    found: list[Row] = []
+    for kind, share in TRAINED_KINDS.items():
+        pairs: dict[tuple[str, str], Row] = {}
+        while len(pairs) < round(count * share):
+            request = draw_request(random, pick_family(random, kind), False)
+            rejected = drawn_reply(random, request, COMPARED_REPLIES[kind])
+            pairs.setdefault(
+                (request.prompt(), rejected),
+                {
+                    "prompt": [said("user", request.prompt())],
+                    "chosen": [said("assistant", request.right_reply())],
+                    "rejected": [said("assistant", rejected)],
+                },
+            )
+        found += pairs.values()
+    return pick_distinct_order(random, found)
+
+
 def prompts(seed: int, count_per_kind: int, held_out: bool = True, held_out_phrasing: bool = False) -> list[Row]:
     """Prompts of each kind in turn, with what the oracle needs: {"prompt", "kind", "family", "expected"}.
 
@@ -237,12 +278,14 @@ SLOTS = {
     "demonstrations": lambda: demonstrations(seed=2, count=4000),
     "preferences": lambda: preferences(seed=3, count=2400),
     "prompts": lambda: prompts(seed=4, count_per_kind=200),
+    "comparisons": lambda: comparisons(seed=3, count=9600),
+    "training_prompts": lambda: prompts(seed=5, count_per_kind=800, held_out=False),
 }
 """Kind of data -> its rows in the embedded data set, as `tiny:<kind>` names them."""
 
 
 def rows(kind: str) -> list[Row]:
-    """The embedded data set of a kind: text | demonstrations | preferences | prompts."""
+    """The embedded data set of a kind, a name of SLOTS."""
     return SLOTS[kind]()
 
 

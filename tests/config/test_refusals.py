@@ -82,6 +82,11 @@ NO_EFFECT = [
     ("+recipe=dpo model.revision=main", "only a hub id has revisions"),
     ("+recipe=dpo model.trust_remote_code=true", "come without code"),
     ("+recipe=sft_dpo stages.evaluate.seed=3", "samples nothing"),
+    (
+        "+recipe=reward stages.reward.objective=ordinal stages.reward.label_smoothing=0.1",
+        "only stages.reward.objective=",
+    ),
+    ("+recipe=reward stages.reward.objective=regression stages.reward.centring_weight=1", "scores without a zero"),
 ]
 WITH_EFFECT = [
     "+recipe=dpo peft=lora peft.r=8",
@@ -91,6 +96,7 @@ WITH_EFFECT = [
     "+recipe=sft_dpo data=hh_rlhf data.preferences=a.jsonl",
     "+recipe=dpo stages.dpo.loss=robust stages.dpo.label_smoothing=0.1",
     "+recipe=dpo stages.dpo.max_steps=3",
+    "+recipe=reward stages.reward.label_smoothing=0.1 stages.reward.centring_weight=0.01",
     "+recipe=dpo model.path=org/model model.revision=main",
     "+recipe=sft_dpo stages.evaluate.temperature=0.5 stages.evaluate.seed=3",
     "+recipe=dpo peft=none deepspeed=none log=local",

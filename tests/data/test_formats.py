@@ -230,10 +230,12 @@ def test_what_a_pair_says_besides_is_kept():
     assert converted("preference", row, PreferencePair) == [expected]
 
 
-@pytest.mark.parametrize("says_so", [{"score_chosen": 3, "score_rejected": 3.0}, {"tie": True}])
-def test_a_tie_is_kept_as_a_half_or_left_out_and_never_a_demonstration(says_so):
+@pytest.mark.parametrize(
+    ("says_so", "scores"), [({"score_chosen": 3, "score_rejected": 3.0}, (3.0, 3.0)), ({"tie": True}, None)]
+)
+def test_a_tie_is_kept_as_a_half_or_left_out_and_never_a_demonstration(says_so, scores):
     row = PREFERENCE | says_so
-    tie = PreferencePair((ASK,), YES, NO, p=0.5, tie=True)
+    tie = PreferencePair((ASK,), YES, NO, p=0.5, tie=True, scores=scores)
     assert as_records(FORMATS["preference"], PreferencePair, row, ties=Ties.keep) == [tie]
     for wanted, ties in ((PreferencePair, Ties.drop), (Demonstration, Ties.keep)):
         (refused,) = as_records(FORMATS["preference"], wanted, row, ties=ties)

@@ -1,5 +1,7 @@
 """Compared answers: labels, scores, ranks and votes are read by one stated convention, their ties kept."""
 
+from dataclasses import replace
+
 import pytest
 
 from align.config.errors import UserError
@@ -14,6 +16,10 @@ A_BETTER, B_BETTER = PreferencePair((ASK,), A, B), PreferencePair((ASK,), B, A)
 TIE = PreferencePair((ASK,), A, B, p=0.5, tie=True)
 MESSAGES = [{"role": "user", "content": "Why?"}]
 TWO = {"question": "Why?", "response1": "a", "response2": "b"}
+
+
+def scored(pair, chosen, rejected):
+    return replace(pair, scores=(float(chosen), float(rejected)))
 
 
 def turn(text, role, *replies, rank=None, **more):
@@ -39,9 +45,17 @@ EXAMPLES = [
     ("comparison_label", {"prompt": "Why?", "response_0": "a", "response_1": "b", "preferred": 1}, B_BETTER),
     ("comparison_label", {"messages": MESSAGES, "answer_a": "a", "answer_b": "b", "winner": "b"}, B_BETTER),
     ("comparison_label", {"instruction": "Why?", "output 1": "a", "output 2": "b", "label": 0}, TIE),
-    ("comparison_scores", {"question": "Why?", "answer_a": "a", "answer_b": "b", "score_a": 3, "score_b": 2}, A_BETTER),
-    ("comparison_scores", {"prompt": "Why?", "output_0": "a", "output_1": "b", "score_0": "1", "score_1": 4}, B_BETTER),
-    ("comparison_scores", TWO | {"score_1": 2, "score_2": 2.0}, TIE),
+    (
+        "comparison_scores",
+        {"question": "Why?", "answer_a": "a", "answer_b": "b", "score_a": 3, "score_b": 2},
+        scored(A_BETTER, 3, 2),
+    ),
+    (
+        "comparison_scores",
+        {"prompt": "Why?", "output_0": "a", "output_1": "b", "score_0": "1", "score_1": 4},
+        scored(B_BETTER, 4, 1),
+    ),
+    ("comparison_scores", TWO | {"score_1": 2, "score_2": 2.0}, scored(TIE, 2, 2)),
     ("votes", TWO | {"annotator1": 1, "annotator2": 1, "annotator3": 1}, A_BETTER),
     ("votes", TWO | {"votes": [2, 2]}, B_BETTER),
     ("votes", TWO | {"votes": {"ann": 0, "bob": 0}}, TIE),
@@ -58,7 +72,7 @@ EXAMPLES = [
     (
         "ranking",
         {"prompt": "Why?", "responses": ["a", "b"], "scores": [0.5, 7]},
-        Ranking((ASK,), (A, B), (-0.5, -7.0)),
+        Ranking((ASK,), (A, B), (-0.5, -7.0), scores=(0.5, 7.0)),
     ),
     (
         "ranking",

@@ -16,6 +16,7 @@ from align.losses.calibration import (
     pearson,
     preferred_side,
     quantile_edges,
+    rating_figures,
     reliability_bins,
     right_answers,
     spearman,
@@ -177,3 +178,20 @@ def test_the_summary_is_json_with_no_nan_and_leaves_out_what_is_not_defined():
     assert json.loads(json.dumps(found, allow_nan=False)) == found
     assert not {"length_pearson", "length_spearman", "model_takes_longer"} & set(found["figures"])
     assert len(found["tables"]["by_length_difference"]) == 1
+
+
+def test_scores_are_held_against_ratings_by_scipy_and_answers_without_one_do_not_count():
+    generator = np.random.default_rng(0)
+    ratings = generator.integers(1, 6, 40).astype(float)
+    scores = ratings + generator.normal(size=40) * 2
+    figures = rating_figures(np.append(scores, 99.0), np.append(ratings, np.nan), np.append(2 * scores, 99.0))
+    assert figures["rated"] == 40
+    assert figures["rating_pearson"] == pytest.approx(stats.pearsonr(scores, ratings)[0], rel=1e-9)
+    assert figures["rating_spearman"] == pytest.approx(stats.spearmanr(scores, ratings)[0], rel=1e-9)
+    assert figures["rating_rmse"] == pytest.approx(math.sqrt(sum((2 * scores - ratings) ** 2) / 40), rel=1e-9)
+    assert figures["rating_spread"] == pytest.approx(math.sqrt(sum((ratings.mean() - ratings) ** 2) / 40), rel=1e-9)
+
+
+def test_without_ratings_there_are_no_figures_and_without_a_unit_no_error():
+    assert rating_figures(array(1, 2), array(np.nan, np.nan)) == {}
+    assert set(rating_figures(array(1, 2), array(3, 3))) == {"rated", "rating_spread"}

@@ -1,20 +1,25 @@
 """Each loss of a reward model against its plain formula, by value, by gradient and by what must not change it."""
 
 import math
-from itertools import combinations, permutations
+from dataclasses import replace
+from itertools import combinations, pairwise, permutations
 
 import pytest
 import torch
 
 from align.losses.reward import (
+    OrdinalObjective,
+    RegressionObjective,
     RewardObjective,
     TreeScores,
     bradley_terry_loss,
     centring_loss,
+    cumulative_link_loss,
     pairs_in_trees,
     plackett_luce_loss,
     regression_loss,
 )
+from align.models.cut_points import ordered_cuts
 from tests.oracles import sigmoid
 
 CHOSEN, REJECTED = [1.5, -0.2, 3.0, 0.4], [0.5, 1.1, 3.0, -2.0]
@@ -205,3 +210,88 @@ def test_pairs_in_trees_are_all_ordered_pairs_of_one_prompt_without_ties():
 def test_a_setting_without_meaning_is_refused(settings):
     with pytest.raises(ValueError, match=next(iter(settings))):
         RewardObjective(**settings)
+
+
+CUTS = [-1.0, 0.5, 2.0]
+LEVELS = (1.0, 2.0, 3.0, 5.0)
+
+
+def above(scores, cuts=CUTS):
+    return scores[:, None] - double(cuts)
+
+
+def level_shares(score, cuts=CUTS):
+    """P(level) of one score: differences of the logistic distribution function at the cuts."""
+    below = [0.0, *(1 / (1 + math.exp(score - cut)) for cut in cuts), 1.0]
+    return [high - low for low, high in pairwise(below)]
+
+
+@pytest.mark.parametrize("level", range(4))
+def test_ordinal_loss_is_the_logarithm_of_the_share_between_two_cuts(level):
+    found = cumulative_link_loss(above(double(SCORES)), torch.full((4,), level))
+    assert found.tolist() == pytest.approx([-math.log(level_shares(score)[level]) for score in SCORES], rel=1e-9)
+
+
+def test_shares_of_all_levels_add_up_to_one_and_two_levels_are_logistic_regression():
+    total = sum(torch.exp(-cumulative_link_loss(above(double(SCORES)), torch.full((4,), k))) for k in range(4))
+    assert total.tolist() == pytest.approx([1.0] * 4, rel=1e-12)
+    found = cumulative_link_loss(above(double(SCORES), [0.3]), torch.tensor([1, 0, 1, 0]))
+    right = [sigmoid(s - 0.3) if up else 1 - sigmoid(s - 0.3) for s, up in zip(SCORES, [1, 0, 1, 0], strict=True)]
+    assert found.tolist() == pytest.approx([-math.log(share) for share in right], rel=1e-12)
+
+
+def rated(scores, ratings, cuts=CUTS):
+    seen = mixed(scores)
+    return replace(seen, ratings=double(ratings), above=above(scores, cuts) if cuts is not None else None)
+
+
+RATINGS = [1.0, 5.0, 2.0, 3.0, 5.0, 2.0]
+
+
+def test_gradients_of_the_ordinal_loss_are_the_slopes_in_scores_and_in_cuts():
+    scores, free = double(MIXED_SCORES).requires_grad_(), double([-1.0, 0.2, -0.4]).requires_grad_()
+    objective = OrdinalObjective(LEVELS)
+    assert torch.autograd.gradcheck(lambda s, f: objective(rated_free(s, f)), (scores, free))
+
+
+def rated_free(scores, free):
+    return replace(mixed(scores), ratings=double(RATINGS), above=scores[:, None] - ordered_cuts(free))
+
+
+def test_a_trees_loss_is_the_mean_over_its_completions_in_standard_units():
+    regression = RegressionObjective(mean=3.0, std=2.0)(rated(double(MIXED_SCORES), RATINGS))
+    errors = [(s - (r - 3) / 2) ** 2 for s, r in zip(MIXED_SCORES, RATINGS, strict=True)]
+    assert regression.tolist() == pytest.approx(by_tree_means(errors), rel=1e-12)
+    ordinal = OrdinalObjective(LEVELS)(rated(double(MIXED_SCORES), RATINGS))
+    shares = [level_shares(s)[LEVELS.index(r)] for s, r in zip(MIXED_SCORES, RATINGS, strict=True)]
+    assert ordinal.tolist() == pytest.approx(by_tree_means([-math.log(share) for share in shares]), rel=1e-9)
+
+
+def by_tree_means(values):
+    found = [[v for v, t in zip(values, MIXED_TREE, strict=True) if t == tree] for tree in range(3)]
+    return [sum(one) / len(one) for one in found]
+
+
+def test_scores_stand_for_ratings_in_the_unit_of_the_data():
+    seen = rated(double(MIXED_SCORES), RATINGS)
+    expected = [sum(share * level for share, level in zip(level_shares(s), LEVELS, strict=True)) for s in MIXED_SCORES]
+    assert OrdinalObjective(LEVELS).predicted(seen).tolist() == pytest.approx(expected, rel=1e-9)
+    assert RegressionObjective(3.0, 2.0).predicted(seen).tolist() == pytest.approx([3 + 2 * s for s in MIXED_SCORES])
+
+
+def test_a_rating_between_two_levels_is_the_nearer_one():
+    ratings = double([-9, 1, 1.4, 1.6, 3.9, 4.1, 5, 77])
+    assert OrdinalObjective(LEVELS).level_of(ratings).tolist() == [0, 0, 0, 1, 2, 3, 3, 3]
+
+
+def test_extreme_scores_of_any_level_stay_finite():
+    scores = double([1e4, -1e4, 1e4, -1e4, 0.0, 1e4]).requires_grad_()
+    losses = OrdinalObjective(LEVELS)(rated(scores, RATINGS))
+    losses.sum().backward()
+    assert torch.isfinite(losses).all() and torch.isfinite(scores.grad).all()
+
+
+@pytest.mark.parametrize("make", [lambda: RegressionObjective(2.0, 0.0), lambda: OrdinalObjective((2.0,))])
+def test_ratings_that_are_all_the_same_are_refused(make):
+    with pytest.raises(ValueError, match="all ratings are 2: there is nothing to learn"):
+        make()

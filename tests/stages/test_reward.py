@@ -66,6 +66,32 @@ def test_the_manifest_vouches_for_model_scores_and_page(trained):
     assert "<svg" in (trained / "reward_report.html").read_text()
 
 
+def test_a_sample_of_scores_stands_beside_the_weights_and_the_manifest_vouches_for_it(trained):
+    folder = trained / "reward_model"
+    rows = json.loads((folder / "score_sample.json").read_text())["rows"]
+    assert len(rows) == 8
+    # From the short end of the rows, each of other tokens.
+    assert len({(*row["prompt_ids"], -1, *row["completion_ids"]) for row in rows}) == 8
+    model = load_reward_model(str(folder), ModelConfig(), torch.float32, seed=0).eval()
+    trees = [Tree(row["prompt_ids"], (row["completion_ids"],)) for row in rows]
+    with torch.no_grad():
+        scores = centred_scores(model, lay_out_scores(trees, Layout.padded, 0))
+    assert scores.tolist() == pytest.approx([row["score"] for row in rows], abs=1e-5)
+    manifest = read_manifest(trained)
+    assert "reward_model/score_sample.json" in {output["path"] for output in manifest.outputs}
+
+
+def test_the_sample_of_a_bf16_run_is_of_the_weights_as_they_were_rounded(tmp_path):
+    assert run(tmp_path, "precision=bf16", "stages.reward.max_steps=1") == 0
+    folder = tmp_path / "run" / "reward" / "reward_model"
+    assert load_file(folder / "model.safetensors")["score.weight"].dtype == torch.bfloat16
+    row = json.loads((folder / "score_sample.json").read_text())["rows"][0]
+    model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32).eval()
+    with torch.no_grad():
+        score = model(torch.tensor([row["prompt_ids"] + row["completion_ids"]])).logits.item()
+    assert row["score"] == pytest.approx(score - model.config.reward_centre, abs=1e-5)
+
+
 def test_the_same_command_again_skips_and_another_demonstration_set_is_refused(trained, capsys):
     folder = trained.parents[1]
     assert run(folder) == 0
@@ -156,3 +182,25 @@ def test_demonstrations_that_changed_since_are_inputs_that_changed(tmp_path, cap
     file.write_text(json.dumps({"prompt": "Who?", "completion": "You."}) + "\n")
     assert run(tmp_path, f"data.demonstrations={file}", "data=tiny") == 2
     assert f"made from other inputs: {file} changed since" in capsys.readouterr().err
+
+
+def test_scores_of_the_data_are_learnt_and_the_model_is_a_plain_one_that_knows_their_unit(tmp_path, capsys):
+    rows = [
+        {"prompt": f"Question {n}?", "completion": ["Yes", "No", "Hm"][n % 3] + f" {n}.", "score": n % 3}
+        for n in range(60)
+    ]
+    bare = [{"prompt": f"Who is {n}?", "chosen": "I.", "rejected": "You."} for n in range(9)]
+    for name, content in (("rated", rows), ("bare", bare)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in content))
+    sources = [f"data.preferences=[{tmp_path}/rated.jsonl,{tmp_path}/bare.jsonl]", "data.held_out_fraction=0.3"]
+    assert run(tmp_path, *sources, "stages.reward.objective=ordinal", "stages.reward.learning_rate=1e-3") == 0
+    assert "9 left out (no_score 9)" in capsys.readouterr().err
+    stage = tmp_path / "run" / "reward"
+    config = json.loads((stage / "reward_model" / "config.json").read_text())
+    assert config["reward_ratings"]["levels"] == [0, 1, 2]
+    assert not any("cuts" in name for name in load_file(stage / "reward_model" / "model.safetensors"))
+    manifest = read_manifest(stage)
+    assert damaged_outputs(stage, manifest) == []
+    figures = json.loads((stage / "scores.json").read_text())["figures"]
+    assert manifest.metrics["after/rating/rmse"] == pytest.approx(figures["rating_rmse"], rel=1e-4)
+    assert figures["rated"] == manifest.rows["held_out"]

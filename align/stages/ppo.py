@@ -1,0 +1,164 @@
+"""PPO: a policy is trained on what it samples for `data.prompts`, as rewards judge it."""
+
+from typing import Any
+
+from datasets import Dataset
+from transformers import TrainingArguments
+
+from align import artifacts
+from align.artifacts import Manifest
+from align.config.errors import UserError
+from align.config.rewards import parse_rewards
+from align.config.schema import PPOStage
+from align.data.prepare import prepare_text
+from align.stages.context import RunContext
+from align.stages.ppo_models import Models
+from align.stages.saving_actor import save_actor
+from align.stages.session import Session, close_session, input_digests, open_session
+from align.stages.training import sign
+from align.tracking.local import read_metrics
+from align.tracking.ppo_page import ppo_page
+from align.tracking.progress import say
+from align.trainers.arguments import accumulation_steps
+from align.trainers.callbacks import StopAtNaN
+from align.trainers.checkpoints import SealCheckpoint
+from align.trainers.ppo import ADAM_EPSILON, PPOTrainer
+from align.trainers.ppo_callbacks import KeepState, UpdateEnd, UpdateReport
+from align.trainers.quiet import quiet_trainer
+from align.trainers.samples import HeldOutSamples, read_samples
+
+SAMPLES, REPORT = "samples.jsonl", "ppo_report.html"
+
+
+def run(stage: PPOStage, context: RunContext) -> Manifest:
+    """Train on `data.prompts`; leaves `policy/`, `value/` (with a value model), `samples.jsonl` and a page."""
+    session = open_session(stage, context)
+    _check_ranks(session, stage)
+    models = Models(session, stage, parse_rewards(stage.rewards))
+    session.inputs += [digest for one in models.rewards if one.model for digest in input_digests(one.model, one.name)]
+    texts = _texts(session, stage)
+    layout = models.prove_layout()
+    # Made anew after the proof's own: DeepSpeed's state belongs to the arguments made last.
+    arguments = TrainingArguments(**_argument_values(session, stage))
+    trainer = PPOTrainer(
+        models.actor(),
+        arguments,
+        stage,
+        updates=_updates(session, stage),
+        prompts=session.prepared.train,
+        template=session.template,
+        texts=texts,
+    )
+    trainer.begin(layout, models.sources(trainer, layout), models.reference(trainer, layout), stage.offload_frozen)
+    trainer.restore(session.resume_from)
+    end = _add_callbacks(session, trainer)
+    _say_sizes(session, stage, trainer)
+    _train(session, trainer, end)
+    manifest = _finish(session, trainer, end)
+    close_session(session)
+    return manifest
+
+
+def _check_ranks(session: Session, stage: PPOStage) -> None:
+    """Raises: UserError if ranks cannot share prompts and minibatches evenly, or the rollout engine is not there."""
+    ranks = session.machine.world_size
+    accumulation_steps(stage, ranks)
+    prompts = stage.completions_per_update // stage.completions_per_prompt
+    if prompts % ranks:
+        raise UserError(
+            f"stages.ppo.completions_per_update={stage.completions_per_update}: {prompts} prompts an update do not "
+            f"divide among {ranks} ranks; use a multiple of {stage.completions_per_prompt * ranks}"
+        )
+
+
+def _argument_values(session: Session, stage: PPOStage) -> dict[str, Any]:
+    """The arguments of every stage, in updates where they count steps, and without the Trainer's own logging."""
+    steps = stage.update_epochs * (stage.completions_per_update // stage.batch_size)
+    return session.argument_values() | {
+        "max_steps": 1,  # the trainer counts its own
+        "save_steps": max(stage.save_every, 1) * steps,
+        "adam_epsilon": ADAM_EPSILON,
+        "logging_strategy": "no",
+        "eval_strategy": "no",
+        "eval_on_start": False,
+        # The trainer itself knows which prompts come next.
+        "ignore_data_skip": True,
+    }
+
+
+def _updates(session: Session, stage: PPOStage) -> int:
+    if stage.max_steps is not None:
+        return stage.max_steps
+    prompts = stage.completions_per_update // stage.completions_per_prompt
+    return max(1, int(stage.epochs * len(session.prepared.train) / prompts))
+
+
+def _texts(session: Session, stage: PPOStage) -> Dataset | None:
+    """Rows of `data.text` for the mix, cut into pieces of max_tokens as in pretraining."""
+    if not stage.pretraining_weight:
+        return None
+    context = session.context
+    prepared = prepare_text(context.config.data, session.template, stage.max_tokens, context.cache_dir)
+    session.inputs += prepared.inputs
+    return prepared.train
+
+
+def _add_callbacks(session: Session, trainer: PPOTrainer) -> UpdateEnd:
+    """In the order in which they have to be called: figures first, the seal after all else is written."""
+    context = session.context
+    held_out = session.prepared.held_out
+    rows = held_out if len(held_out) else session.prepared.train
+    if not len(held_out):
+        say("ppo: no prompt is held out, so samples are of prompts that are trained on", active=context.runtime.is_main)
+    samples = HeldOutSamples(trainer, rows, context.stage_dir / SAMPLES)
+    end = UpdateEnd(trainer, samples, session.wandb_run, session.resume_from)
+    trainer.add_callback(end)
+    trainer.add_callback(KeepState(trainer))
+    trainer.add_callback(next(one for one in session.callbacks if isinstance(one, SealCheckpoint)))
+    if context.runtime.is_main:
+        first = trainer.first_update
+        trainer.add_callback(UpdateReport(context.stage_name, trainer.updates, first, session.log, session.wandb_run))
+    trainer.add_callback(StopAtNaN(context.stage_name))
+    return end
+
+
+def _say_sizes(session: Session, stage: PPOStage, trainer: PPOTrainer) -> None:
+    groups = trainer.inner.parameter_groups()
+    counts = ", ".join(f"{name} {sum(map(_size, group)):,}" for name, group in groups.items() if group)
+    say(
+        f"ppo: {trainer.updates} updates of {stage.completions_per_update} completions, "
+        f"{trainer.steps_per_update} optimizer steps each; trained parameters: {counts}",
+        active=session.context.runtime.is_main,
+    )
+
+
+def _size(parameter: Any) -> int:
+    return getattr(parameter, "ds_numel", parameter.numel())
+
+
+def _train(session: Session, trainer: PPOTrainer, end: UpdateEnd) -> None:
+    """Run to the end, or until a guard stops it: then the weights are those of the best checkpoint."""
+    assert not session.zero_stage or trainer.is_deepspeed_enabled, "ZeRO was asked for, but the trainer runs without it"
+    quiet_trainer(trainer)
+    trainer.train(resume_from_checkpoint=str(session.resume_from) if session.resume_from else None)
+    if end.stopped_by is None:
+        return
+    active, best = session.context.runtime.is_main, trainer.best_checkpoint
+    if best is None:
+        say("ppo: stopped by a guard before any checkpoint; the policy is kept as it is", active=active)
+        return
+    trainer.load_weights(best)
+    say(f"ppo: stopped by a guard; the policy is that of {best.name}, the best before", active=active)
+
+
+def _finish(session: Session, trainer: PPOTrainer, end: UpdateEnd) -> Manifest:
+    """Save the models and the page, and sign for them."""
+    names = save_actor(session, trainer)
+    context = session.context
+    lines, samples = read_metrics(session.log.path), read_samples(context.stage_dir / SAMPLES)
+    if context.runtime.is_main:
+        title = f"PPO: {context.stage_dir / 'policy'}"
+        page = ppo_page(lines, samples, title, trainer.guards.raised)
+        artifacts.write_text(context.stage_dir / REPORT, page)
+    figures = end.summary() | {"stopped_by_guard": float(end.stopped_by is not None)}
+    return sign(session, trainer, [*names, SAMPLES, REPORT], figures)
