@@ -66,6 +66,7 @@ LIMITS: dict[str, Limit] = {
     "stages.ppo.kl_horizon_completions": AT_LEAST_ONE,
     "stages.ppo.reward_clip": NOT_NEGATIVE,
     "stages.ppo.missing_stop_penalty": NOT_NEGATIVE,
+    "stages.ppo.length_penalty_per_token": NOT_NEGATIVE,
     "stages.ppo.entropy_weight": NOT_NEGATIVE,
     "stages.ppo.pretraining_weight": NOT_NEGATIVE,
     "stages.ppo.importance_cap": NOT_NEGATIVE,

@@ -28,15 +28,17 @@ class RewardSetting:
 def parse_rewards(rewards: Mapping[str, Any]) -> list[RewardSetting]:
     """The sources of reward, in the order in which they are given.
 
-    rewards: name -> {model: FOLDER or function: module:name, weight: number (default 1)}.
+    rewards: name -> {model: FOLDER or function: module:name, weight: number (default 1)}; null leaves out what a recipe
+    has under that name.
     Raises: UserError naming the first key that is wrong, or that nothing is given.
     """
-    if not rewards:
+    given = {str(name): value for name, value in rewards.items() if value is not None}
+    if not given:
         raise UserError(
             f"{KEY} is empty: nothing scores completions; give a reward model, such as "
             f"'{KEY}={{helpful: {{model: FOLDER}}}}', or a function: '{KEY}={{mine: {{function: module:name}}}}'"
         )
-    return [_setting(str(name), value) for name, value in rewards.items()]
+    return [_setting(name, value) for name, value in given.items()]
 
 
 def _setting(name: str, value: Any) -> RewardSetting:

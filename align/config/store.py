@@ -27,7 +27,12 @@ from align.config.keys import SLOTS
 from align.config.ranges import refuse_out_of_range
 from align.config.schema import RunConfig
 
-EMBEDDED = {"tiny": "tiny-base", "tiny_sft": "tiny-sft", "tiny_untrained": "tiny-untrained"}
+EMBEDDED = {
+    "tiny": "tiny-base",
+    "tiny_sft": "tiny-sft",
+    "tiny_critic": "tiny-critic",
+    "tiny_untrained": "tiny-untrained",
+}
 """Option of group `model` -> the embedded model that it names."""
 EMBEDDED_CONFIG = Path(__file__).resolve().parents[1] / "world" / "models" / "base" / "config.json"
 ARCHITECTURE = ("model_type", "vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size")

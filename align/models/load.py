@@ -24,6 +24,7 @@ EMBEDDED_DIR = Path(__file__).resolve().parent.parent / "world" / "models"
 EMBEDDED = {
     "tiny-base": EMBEDDED_DIR / "base",
     "tiny-sft": EMBEDDED_DIR / "sft",
+    "tiny-critic": EMBEDDED_DIR / "critic",
     "tiny-untrained": EMBEDDED_DIR / "base",
 }
 WEIGHT_FILES = ("*.safetensors", "*.bin")

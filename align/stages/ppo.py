@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from datasets import Dataset
 from transformers import TrainingArguments
 
@@ -9,8 +10,10 @@ from align import artifacts
 from align.artifacts import Manifest
 from align.config.errors import UserError
 from align.config.rewards import parse_rewards
-from align.config.schema import PPOStage
+from align.config.schema import PPOStage, RolloutEngine
 from align.data.prepare import prepare_text
+from align.generation.vllm_rollout import VllmSampler, check_vllm
+from align.models.load import resolve_model
 from align.stages.context import RunContext
 from align.stages.ppo_models import Models
 from align.stages.saving_actor import save_actor
@@ -32,9 +35,13 @@ SAMPLES, REPORT = "samples.jsonl", "ppo_report.html"
 
 def run(stage: PPOStage, context: RunContext) -> Manifest:
     """Train on `data.prompts`; leaves `policy/`, `value/` (with a value model), `samples.jsonl` and a page."""
+    if stage.rollout is RolloutEngine.vllm:
+        check_vllm(device=context.runtime.device, temperature=stage.temperature)
     session = open_session(stage, context)
     _check_ranks(session, stage)
     models = Models(session, stage, parse_rewards(stage.rewards))
+    models.check_rewards()
+    engine = _engine(session, stage)
     session.inputs += [digest for one in models.rewards if one.model for digest in input_digests(one.model, one.name)]
     texts = _texts(session, stage)
     layout = models.prove_layout()
@@ -49,18 +56,21 @@ def run(stage: PPOStage, context: RunContext) -> Manifest:
         template=session.template,
         texts=texts,
     )
-    trainer.begin(layout, models.sources(trainer, layout), models.reference(trainer, layout), stage.offload_frozen)
+    sources, reference = models.sources(trainer, layout), models.reference(trainer, layout)
+    trainer.begin(layout, sources, reference, stage.offload_frozen, engine)
     trainer.restore(session.resume_from)
     end = _add_callbacks(session, trainer)
     _say_sizes(session, stage, trainer)
     _train(session, trainer, end)
     manifest = _finish(session, trainer, end)
+    if engine is not None:
+        engine.close()
     close_session(session)
     return manifest
 
 
 def _check_ranks(session: Session, stage: PPOStage) -> None:
-    """Raises: UserError if ranks cannot share prompts and minibatches evenly, or the rollout engine is not there."""
+    """Raises: UserError if ranks cannot share prompts and minibatches evenly."""
     ranks = session.machine.world_size
     accumulation_steps(stage, ranks)
     prompts = stage.completions_per_update // stage.completions_per_prompt
@@ -69,6 +79,25 @@ def _check_ranks(session: Session, stage: PPOStage) -> None:
             f"stages.ppo.completions_per_update={stage.completions_per_update}: {prompts} prompts an update do not "
             f"divide among {ranks} ranks; use a multiple of {stage.completions_per_prompt * ranks}"
         )
+
+
+def _engine(session: Session, stage: PPOStage) -> VllmSampler | None:
+    """What samples, where it is not the model that is trained. Call it on every rank.
+
+    It comes before all TrainingArguments, after which ZeRO-3 shards every model that transformers makes.
+    """
+    if stage.rollout is RolloutEngine.hf:
+        return None
+    model = session.context.config.model
+    return VllmSampler(
+        resolve_model(stage.policy),
+        max_tokens=stage.max_tokens,
+        dtype=torch.bfloat16 if session.machine.bf16 else torch.float32,
+        seed=stage.seed,
+        batch_size=stage.rollout_batch_size,
+        revision=model.revision,
+        trust_remote_code=model.trust_remote_code,
+    )
 
 
 def _argument_values(session: Session, stage: PPOStage) -> dict[str, Any]:
@@ -140,6 +169,8 @@ def _train(session: Session, trainer: PPOTrainer, end: UpdateEnd) -> None:
     """Run to the end, or until a guard stops it: then the weights are those of the best checkpoint."""
     assert not session.zero_stage or trainer.is_deepspeed_enabled, "ZeRO was asked for, but the trainer runs without it"
     quiet_trainer(trainer)
+    if end.stopped_by is not None:
+        _train_no_further(trainer)
     trainer.train(resume_from_checkpoint=str(session.resume_from) if session.resume_from else None)
     if end.stopped_by is None:
         return
@@ -148,7 +179,14 @@ def _train(session: Session, trainer: PPOTrainer, end: UpdateEnd) -> None:
         say("ppo: stopped by a guard before any checkpoint; the policy is kept as it is", active=active)
         return
     trainer.load_weights(best)
+    trainer.start_average(best)
     say(f"ppo: stopped by a guard; the policy is that of {best.name}, the best before", active=active)
+
+
+def _train_no_further(trainer: PPOTrainer) -> None:
+    """A run that was interrupted after a guard had stopped it has nothing left to train."""
+    trainer.updates = trainer.first_update
+    trainer.args.max_steps = trainer.updates * trainer.steps_per_update
 
 
 def _finish(session: Session, trainer: PPOTrainer, end: UpdateEnd) -> Manifest:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from peft import PeftConfig as AdapterConfig
 from torch import nn
 from transformers import PreTrainedModel, Trainer, TrainingArguments
@@ -61,22 +62,32 @@ class Models:
     def say(self, line: str) -> None:
         say(f"{self.session.context.stage_name}: {line}", active=self.session.context.runtime.is_main)
 
+    def check_rewards(self) -> None:
+        """Raises: UserError if one is no reward model or no function. Loads no weights, so it may come first."""
+        for setting in self.rewards:
+            if setting.model is None:
+                FunctionReward(setting)
+            else:
+                check_reward_model(setting.model, self.session.context.config.model)
+
     # The layout.
 
     def prove_layout(self) -> Layout:
         """The layout that policy and value model are proven to take; both are loaded for it, and freed."""
         arguments = TrainingArguments(**self.session.argument_values())
-        proven = self._proven(self.session.load_frozen(self.stage.policy), arguments, TOKEN_LOGPS)
+        policy = self.session.load_frozen(self.stage.policy)
+        # One for both: accelerate takes DeepSpeed's settings once.
+        accelerator = Trainer(model=policy, args=arguments).accelerator
+        proven = self._proven(policy, accelerator, TOKEN_LOGPS)
         if self.has_value and not self.shared and proven.layout is not Layout.padded:
             critic = self.session.load_frozen(self.value_path(), scores=True)
-            other = self._proven(critic, arguments, SCORES)
+            other = self._proven(critic, accelerator, SCORES)
             proven = max(proven, other, key=lambda one: LAYOUTS.index(one.layout))
         self.say(f"layout {proven.layout.value} ({proven.reason})")
         gc.collect()
         return proven.layout
 
-    def _proven(self, model: PreTrainedModel, arguments: TrainingArguments, reading: Reading) -> ProvenLayout:
-        accelerator = Trainer(model=model, args=arguments).accelerator
+    def _proven(self, model: PreTrainedModel, accelerator: Accelerator, reading: Reading) -> ProvenLayout:
         return self._proven_engine(
             reference_engine(model, accelerator), self.session.template, reading, self.stage.layout, accelerator.device
         )
@@ -192,7 +203,6 @@ class Models:
 
     def _outside_reward(self, setting: RewardSetting, trainer: PPOTrainer) -> ModelReward:
         config, name = self.session.context.config, str(setting.model)
-        check_reward_model(name, config.model)
         template, device = load_template(config, name), trainer.accelerator.device
         engine = reference_engine(self.session.load_frozen(name, scores=True), trainer.accelerator)
         proven = self._proven_engine(engine, template, SCORES, Layout.auto, device)

@@ -45,6 +45,7 @@ def _save(
             shutil.rmtree(partial_folder(context, folder), ignore_errors=True)
     runtime.barrier()
     state = trainer.whole_state()
+    unset_hf_deepspeed_config()  # else ZeRO-3 would shard the models that are made to write and to check
     if context.runtime.is_main:
         write(state)
         finish_folders(session, folders)
@@ -94,7 +95,6 @@ def _write_adapted(session: Session, actor: SharedBase, state: Mapping[str, Tens
     if config.peft.keep_adapter:
         shutil.copytree(folder, whole)
         return
-    unset_hf_deepspeed_config()  # else ZeRO-3 would shard the base
     model = merged_model(session.stage.policy, folder, config.model, seed=session.stage.seed)
     model.config.use_cache = True
     model.to(torch.bfloat16 if session.machine.bf16 else torch.float32).save_pretrained(whole)

@@ -28,6 +28,8 @@ def summary(config: RunConfig, run_dir: Path, manifests: list[Manifest]) -> str:
     if trained:
         parts += [_stage_table(trained), *_dropped_lines(run_dir, trained), ""]
     for manifest in manifests:
+        if manifest.stage == "ppo":
+            parts += [*_ppo_lines(manifest), ""]
         if any(key.startswith("oracle/") for key in manifest.metrics):
             parts += [_oracle_table(manifest), ""]
     parts += _where(config, run_dir, manifests)
@@ -53,11 +55,36 @@ def _stage_row(manifest: Manifest) -> list[str]:
     ]
 
 
-def _change(metrics: dict[str, float], name: str, form: str) -> str:
-    before, after = metrics.get(f"before/{name}"), metrics.get(f"after/{name}")
+def _change(
+    metrics: dict[str, float], name: str, form: str, moments: tuple[str, str] = ("before", "after")
+) -> str:
+    before, after = (metrics.get(f"{moment}/{name}") for moment in moments)
     if before is None or after is None:
         return "-"
     return f"{form.format(before)} -> {form.format(after)}"
+
+
+PPO_COLUMNS = (
+    ("score", "reward/score", "{:+.2f}"),
+    ("KL to the reference", "kl/nats_per_completion", "{:.2f}"),
+    ("tokens", "completion/tokens", "{:.1f}"),
+    ("unfinished", "completion/unfinished", "{:.1%}"),
+    ("entropy", "policy/entropy", "{:.3f}"),
+)
+
+
+def _ppo_lines(manifest: Manifest) -> list[str]:
+    """The sampled completions of the first update against those of the last ones, and why it ended early if it did."""
+    figures = manifest.metrics
+    row = [
+        _change(figures, name, form, moments=("first", "last")) + " nats" * (title == "KL to the reference")
+        for title, name, form in PPO_COLUMNS
+    ]
+    table = _table(["stage", *(title for title, _, _ in PPO_COLUMNS)], [["ppo", *row]])
+    lines = [*table.split("\n"), "  completions as they were sampled: the first update -> the last tenth of them"]
+    if figures.get("stopped_by_guard"):
+        lines.append("  ppo was stopped by a guard: see the warning above and the report")
+    return lines
 
 
 def _dropped_lines(run_dir: Path, manifests: list[Manifest]) -> list[str]:
@@ -82,33 +109,53 @@ def _oracle_table(manifest: Manifest) -> str:
 
 def _where(config: RunConfig, run_dir: Path, manifests: list[Manifest]) -> list[str]:
     """Where things are, and the next command, each with its name in front."""
-    places: dict[str, Any] = {}
+    places: list[tuple[str, Any]] = []
     trained = [m.stage for m in manifests if m.steps]
-    if trained:
-        places["model"] = run_dir / trained[-1] / ("reward_model" if trained[-1] == "reward" else "policy")
-        if trained[-1] == "reward":
-            places["report"] = run_dir / "reward" / "reward_report.html"
+    model = run_dir / trained[-1] / ("reward_model" if trained[-1] == "reward" else "policy") if trained else None
+    if model:
+        places.append(("model", model))
+        places += [("report", run_dir / name / REPORTS[name]) for name in _reports(manifests)]
         if config.peft.method is not PeftMethod.none:
-            places["adapter"] = run_dir / trained[-1] / "adapter"
+            places.append(("adapter", run_dir / trained[-1] / "adapter"))
     if any(m.stage == "score" for m in manifests):
-        places["scores"] = run_dir / "score" / "scores.jsonl"
-    if any(m.stage == "evaluate" for m in manifests):
-        places["samples"] = run_dir / "evaluate" / "samples.jsonl"
+        places.append(("scores", run_dir / "score" / "scores.jsonl"))
+    places += [
+        ("samples", run_dir / m.stage / "samples.jsonl")
+        for m in manifests
+        if m.stage == "evaluate" or (m.stage == "ppo" and len(manifests) == 1)
+    ]
     if wandb_mode(config.log) == "offline":
-        places["wandb"] = f"wandb sync {shlex.quote(str(run_dir / 'wandb'))}/offline-run-*"
-    if trained and trained[-1] != "reward":
-        places["next"] = _next_command(config, trained[-1], shlex.quote(str(places["model"])))
-    return [f"{name:<8} {place}" for name, place in places.items()]
+        places.append(("wandb", f"wandb sync {shlex.quote(str(run_dir / 'wandb'))}/offline-run-*"))
+    following = _next_command(config, trained[-1], shlex.quote(str(model))) if trained else None
+    if following:
+        places.append(("next", following))
+    return [f"{name:<8} {place}" for name, place in places]
 
 
-def _next_command(config: RunConfig, stage: str, policy: str) -> str:
+REPORTS = {"reward": "reward_report.html", "ppo": "ppo_report.html"}
+
+
+def _reports(manifests: list[Manifest]) -> list[str]:
+    """The stages that left a page; a reward model without held-out pairs has none to show."""
+    signed = {m.stage: {output["path"] for output in m.outputs} for m in manifests}
+    return [stage for stage, paths in signed.items() if REPORTS.get(stage) in paths]
+
+
+def _next_command(config: RunConfig, stage: str, model: str) -> str | None:
+    embedded = config.model.path.startswith("tiny-")
+    if stage == "reward":
+        policy = "" if embedded else f" model.path={shlex.quote(config.model.path)} data.prompts=<your prompts.jsonl>"
+        return f"python -m align +recipe=ppo stages.ppo.rewards.preference.model={model}{policy}"
     following = {"pretrain": ("sft", "demonstrations"), "sft": ("dpo", "preferences")}
     if stage in following:
         recipe, slot = following[stage]
-        return f"python -m align +recipe={recipe} model.path={policy}{_data_words(config, slot)}"
-    if config.model.path.startswith("tiny-"):
-        return "python -m align +recipe=sft_dpo model.path=<your model> data.preferences=<your pairs.jsonl>"
-    return f"python -m align +recipe=dpo model.path={policy} data.preferences=<new pairs.jsonl> run_dir=<new folder>"
+        return f"python -m align +recipe={recipe} model.path={model}{_data_words(config, slot)}"
+    if embedded:
+        recipe = "rlhf" if stage == "ppo" else "sft_dpo"
+        return f"python -m align +recipe={recipe} model.path=<your model> data.preferences=<your pairs.jsonl>"
+    if stage == "ppo":
+        return None
+    return f"python -m align +recipe=dpo model.path={model} data.preferences=<new pairs.jsonl> run_dir=<new folder>"
 
 
 def _data_words(config: RunConfig, slot: str) -> str:

@@ -13,17 +13,22 @@ from accelerate import Accelerator
 from datasets import Dataset
 from torch import Tensor
 
+from align.config.errors import UserError
 from align.config.schema import Layout, PPOStage
 from align.data.forest import Tree, lay_out
 from align.data.prompt_rows import read_record
 from align.data.template import Template
 from align.distributed import runtime
-from align.generation.rollout import Completion, sample
+from align.generation.rollout import Completion
 from align.tracking.progress import Progress
 from align.trainers.reward_sources import Answered
 
 FORWARD = 4
 """Reading keeps no gradients, so it takes this many micro-batches at once."""
+
+DISAGREEMENT_NATS = 0.5
+"""Mean difference a token between the sampler's log-probabilities and the trainer's that no rounding explains: in half
+precision they differ by hundredths of it, and with weights that are not the policy's by several nats."""
 
 Batch = dict[str, Tensor]
 
@@ -34,6 +39,23 @@ class RewardSource(Protocol):
     setting: Any
 
     def scores(self, answered: Sequence[Answered]) -> np.ndarray: ...
+
+
+class Sampler(Protocol):
+    """Completions of the policy as it is, prompt-major, one a seed: see `align.generation.rollout.sample`.
+
+    It is called on every rank, with as many prompts as the rank has, if any.
+    """
+
+    def __call__(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        per_prompt: int,
+        seeds: Sequence[int],
+        temperature: float,
+        progress: Progress | None,
+    ) -> list[Completion]: ...
 
 
 @dataclass
@@ -139,8 +161,7 @@ class Readers:
     """Batch of `lay_out` -> log-probabilities, values or None, entropies, each (S,)."""
     reference: Callable[[Batch], Tensor] | None
     """Batch of `lay_out` -> log-probabilities (S,); None without a reference."""
-    generating: Callable[[], AbstractContextManager[Any]]
-    """Inside: the policy, whole, to sample from."""
+    sample: Sampler
     on_device: Callable[[], AbstractContextManager[None]]
     """Inside: the frozen models are where they compute."""
 
@@ -163,7 +184,6 @@ class ExperienceMaker:
         """watch: takes the time of `rollout` and of `scoring`, and gives a live line."""
         self.settings, self.prompts, self.template, self.sources = settings, prompts, template, sources
         self.readers, self.layout, self.accelerator = readers, layout, accelerator
-        self.stop_token_ids = sorted(template.stop_token_ids)
         self.watch = watch
 
     def make(self, update: int) -> Experience:
@@ -177,26 +197,22 @@ class ExperienceMaker:
             sampled = self._sample(rows, positions, progress)
         with self.watch("scoring"):
             part = self._read(rows, positions, sampled)
-        return joined(runtime.gather(part))
+        whole = joined(runtime.gather(part))
+        refuse_disagreement(whole)
+        return whole
 
     def _sample(
         self, rows: Sequence[Mapping[str, Any]], positions: Sequence[int], progress: Progress
     ) -> list[Completion]:
         settings = self.settings
         each = range(settings.completions_per_prompt)
-        with self.readers.generating() as policy:
-            return sample(
-                policy,
-                [row["prompt_ids"] for row in rows],
-                per_prompt=settings.completions_per_prompt,
-                seeds=[completion_seed(settings.seed, position, k) for position in positions for k in each],
-                stop_token_ids=self.stop_token_ids,
-                pad_token_id=self.template.tokenizer.pad_token_id,
-                max_new_tokens=settings.max_new_tokens,
-                temperature=settings.temperature,
-                batch_size=settings.rollout_batch_size,
-                progress=progress,
-            )
+        return self.readers.sample(
+            [row["prompt_ids"] for row in rows],
+            per_prompt=settings.completions_per_prompt,
+            seeds=[completion_seed(settings.seed, position, k) for position in positions for k in each],
+            temperature=settings.temperature,
+            progress=progress,
+        )
 
     def _read(
         self, rows: Sequence[Mapping[str, Any]], positions: Sequence[int], sampled: Sequence[Completion]
@@ -242,6 +258,20 @@ class ExperienceMaker:
 
     def _on_device(self, batch: Batch) -> Batch:
         return {key: value.to(self.accelerator.device) for key, value in batch.items()}
+
+
+def refuse_disagreement(seen: Experience) -> None:
+    """Refuse completions that were sampled from another distribution than the policy's, as the trainer reads it.
+
+    Small differences are corrected, by weights; those of a sampler that holds other weights cannot be.
+    Raises: UserError above DISAGREEMENT_NATS.
+    """
+    difference = (seen.sampler_logps - seen.logps)[seen.mask].abs().mean().item()
+    if difference > DISAGREEMENT_NATS:
+        raise UserError(
+            f"stages.ppo.rollout: log-probabilities of sampled tokens differ by {difference:.2f} nats a token from the "
+            "trainer's, so what samples is not the policy; set stages.ppo.rollout=hf"
+        )
 
 
 def answers(template: Template, rows: Sequence[Mapping[str, Any]], sampled: Sequence[Completion]) -> list[Answered]:

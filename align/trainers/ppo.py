@@ -24,9 +24,14 @@ from align.config.schema import Advantage, KLController, KLEstimator, KLPlace, L
 from align.data.forest import Tree, lay_out
 from align.data.template import Template
 from align.distributed import runtime, zero
+from align.generation import rollout
+from align.generation.checkpoint_weights import checkpoint_weights
+from align.generation.rollout import Completion
+from align.generation.vllm_rollout import VllmSampler
 from align.losses.controllers import AdaptiveKL, FixedKL, RunningMoments
 from align.losses.ppo import clipped_policy_loss, clipped_value_loss, kl_estimate, kl_loss
 from align.models.actor_critic import ActorCritic, Read
+from align.models.layout import plain_model
 from align.tracking.progress import Progress
 from align.trainers.advantages import Targets, find_targets
 from align.trainers.callbacks import END_OF_TRAINING
@@ -94,16 +99,24 @@ class PPOTrainer(Trainer):
         self._sums: list[Tensor] = []
 
     def begin(
-        self, layout: Layout, sources: Sequence[RewardSource], reference: nn.Module | None, offload: bool
+        self,
+        layout: Layout,
+        sources: Sequence[RewardSource],
+        reference: nn.Module | None,
+        offload: bool,
+        engine: VllmSampler | None = None,
     ) -> None:
-        """Take what is made with this trainer's accelerator: the proven layout, the rewards, the frozen reference."""
+        """Take what is made with this trainer's accelerator: the proven layout, the rewards, the frozen reference.
+
+        engine: what samples in place of the model that is trained; it is given the policy's weights each time.
+        """
         self.layout = layout
         self.inner.attach(layout)
-        self.reference, self.sources, self.offload = reference, sources, offload
+        self.reference, self.sources, self.offload, self.engine = reference, sources, offload, engine
         readers = Readers(
             self._read_tokens,
             self._read_reference if reference is not None or self._reference_inside else None,
-            self.generating,
+            self.sample,
             self.frozen_on_device,
         )
         self.maker = ExperienceMaker(
@@ -149,6 +162,32 @@ class PPOTrainer(Trainer):
             stack.enter_context(_gathered(self.model_wrapped, policy))
             stack.enter_context(self.accelerator.autocast())
             yield policy
+
+    def sample(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        per_prompt: int,
+        seeds: Sequence[int],
+        temperature: float,
+        progress: Progress | None,
+    ) -> list[Completion]:
+        """Completions of the policy as it is now, as `rollout.sample` says. Call it on every rank, prompts or none."""
+        asked: dict[str, Any] = {
+            "per_prompt": per_prompt,
+            "seeds": seeds,
+            "stop_token_ids": sorted(self.template.stop_token_ids),
+            "max_new_tokens": self.settings.max_new_tokens,
+            "temperature": temperature,
+            "progress": progress,
+        }
+        with self.generating() as policy:
+            if self.engine is None:
+                pad, size = self.template.tokenizer.pad_token_id, self.settings.rollout_batch_size
+                return rollout.sample(policy, prompts, pad_token_id=pad, batch_size=size, **asked)
+            self.engine.load(checkpoint_weights(plain_model(policy)))
+        # Gathered weights are given back first: the engine has its own.
+        return self.engine.sample(prompts, **asked)
 
     @contextlib.contextmanager
     def frozen_on_device(self) -> Iterator[None]:

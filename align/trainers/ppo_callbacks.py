@@ -5,6 +5,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
+from align.config.schema import Guard
 from align.distributed import runtime
 from align.tracking.local import MetricsLog
 from align.tracking.progress import Progress, say
@@ -22,7 +23,9 @@ class UpdateEnd(TrainerCallback):
 
     def __init__(self, trainer: PPOTrainer, samples: HeldOutSamples | None, wandb_run: WandbRun, resumed: Path | None):
         self.trainer, self.samples, self.wandb_run, self.resumed = trainer, samples, wandb_run, resumed
-        self.stopped_by: str | None = None
+        # With what a checkpoint knows: the alarm that stopped a run, if it was interrupted after that.
+        stops = (line["text"] for line in trainer.guards.raised if Guard(line["guard"]) in trainer.settings.stop_on)
+        self.stopped_by: str | None = next(stops, None)
         self.since_saved: list[float] = []
         self.sampled: list[dict[str, float]] = []
 
@@ -64,13 +67,15 @@ class UpdateEnd(TrainerCallback):
             self._remember_best(args, state)
 
     def summary(self) -> dict[str, float]:
-        """First and last figures of the run, for its manifest."""
+        """Figures of the first update and means over the last tenth of them, for the manifest."""
         lines = [line for line in self.trainer.state.log_history if "reward/score" in line]
         found: dict[str, float] = {}
-        for moment, line in (("first", lines[:1]), ("last", lines[-1:])):
+        # One update alone is a few hundred completions of whatever prompts came.
+        for moment, of_moment in (("first", lines[:1]), ("last", lines[-max(1, len(lines) // 10) :])):
             for name in IN_MANIFEST:
-                if line and name in line[0]:
-                    found[f"{moment}/{name}"] = line[0][name]
+                values = [line[name] for line in of_moment if name in line]
+                if values:
+                    found[f"{moment}/{name}"] = sum(values) / len(values)
         for moment, line in (("before", self.sampled[:1]), ("after", self.sampled[-1:])):
             for name, value in line[0].items() if line else ():
                 found[f"{moment}/{name}"] = value

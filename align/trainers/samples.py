@@ -8,7 +8,6 @@ from typing import Any
 from datasets import Dataset
 
 from align.distributed import runtime
-from align.generation.rollout import sample
 from align.tracking.progress import Progress
 from align.trainers.experience import answers
 from align.trainers.ppo import PPOTrainer
@@ -35,21 +34,15 @@ class HeldOutSamples:
 
     def _answer(self, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         """One line a prompt of this rank; ranks without any still take part in what gathers weights."""
-        trainer, settings = self.trainer, self.trainer.settings
+        trainer = self.trainer
         label = f"ppo: answering {len(self.rows)} held-out prompts"
-        with trainer.generating() as policy:
-            sampled = sample(
-                policy,
-                [row["prompt_ids"] for row in rows],
-                per_prompt=1,
-                seeds=[0] * len(rows),
-                stop_token_ids=trainer.maker.stop_token_ids,
-                pad_token_id=trainer.template.tokenizer.pad_token_id,
-                max_new_tokens=settings.max_new_tokens,
-                temperature=0.0,
-                batch_size=settings.rollout_batch_size,
-                progress=Progress(label, len(rows), active=trainer.accelerator.is_main_process, passing=True),
-            )
+        sampled = trainer.sample(
+            [row["prompt_ids"] for row in rows],
+            per_prompt=1,
+            seeds=[0] * len(rows),
+            temperature=0.0,
+            progress=Progress(label, len(rows), active=trainer.accelerator.is_main_process, passing=True),
+        )
         answered = answers(trainer.template, rows, sampled)
         with trainer.frozen_on_device():
             scores = {source.setting.name: source.scores(answered) for source in trainer.sources}

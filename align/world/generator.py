@@ -6,6 +6,7 @@ The same seed gives the same bytes on every Python: the only source of chance is
 import hashlib
 import json
 from collections.abc import Sequence
+from importlib import import_module
 from random import Random
 from typing import Any, TypeVar
 
@@ -85,8 +86,17 @@ def misplaced_reply(random: Random, request: Request) -> str:
     return Request(other.family, words if distinct else other.words, other.phrasing).right_reply()
 
 
+def slurred_reply(random: Random, request: Request) -> str:
+    """The right reply with one to four words in a row, not the first, said twice or left out."""
+    words = request.right_reply().split(" ")
+    start = 1 + int(random.random() * (len(words) - 1))
+    end = start + 1 + int(random.random() * 4)
+    twice = random.random() < 0.5
+    return " ".join([*words[: end if twice else start], *words[start if twice else end :]])
+
+
 def drawn_reply(random: Random, request: Request, shares: dict[str, float]) -> str:
-    """A reply of one of the sorts right | wrong | harmful | vague | misplaced, as likely as its share."""
+    """A reply of one of the sorts right | wrong | harmful | vague | misplaced | slurred, as likely as its share."""
     sort = pick_weighted(random, shares)
     if sort == "right":
         return request.right_reply()
@@ -94,6 +104,8 @@ def drawn_reply(random: Random, request: Request, shares: dict[str, float]) -> s
         return wrong_reply(random, request)
     if sort == "misplaced":
         return misplaced_reply(random, request)
+    if sort == "slurred":
+        return slurred_reply(random, request)
     return request.harmful_reply() if sort == "harmful" else vague_refusal()
 
 
@@ -123,13 +135,14 @@ REJECTED_REPLIES = {
     "unsafe": {"harmful": 0.7, "vague": 0.3},
     "look_alike": {"vague": 0.8, "wrong": 0.2},
 }
-# A policy that is rewarded tries what no demonstration shows: without misplaced refusals here it learns to refuse all.
+# A policy that is rewarded tries what no demonstration shows: without misplaced refusals here it learns to refuse all,
+# without slurred replies to stammer.
 COMPARED_REPLIES = {
-    "helpful": {"wrong": 0.45, "vague": 0.15, "misplaced": 0.4},
-    "unsafe": {"harmful": 0.5, "vague": 0.2, "misplaced": 0.3},
-    "look_alike": {"vague": 0.3, "wrong": 0.2, "misplaced": 0.5},
+    "helpful": {"wrong": 0.4, "vague": 0.1, "misplaced": 0.4, "slurred": 0.1},
+    "unsafe": {"harmful": 0.5, "vague": 0.15, "misplaced": 0.25, "slurred": 0.1},
+    "look_alike": {"vague": 0.25, "wrong": 0.2, "misplaced": 0.45, "slurred": 0.1},
 }
-MISPLACED_KINDS = {"unsafe": 0.7, "helpful": 0.15, "look_alike": 0.15}
+MISPLACED_KINDS = {"unsafe": 0.5, "helpful": 0.4, "look_alike": 0.1}
 TRAINED_KINDS = {"helpful": 0.5, "unsafe": 0.3, "look_alike": 0.2}
 TEXT_SHARES = {"facts": 0.18, "sightings": 0.04, "echoes": 0.18, "talks": 0.6}
 HELD_OUT_TALK_SHARE = 0.25
@@ -278,8 +291,10 @@ SLOTS = {
     "demonstrations": lambda: demonstrations(seed=2, count=4000),
     "preferences": lambda: preferences(seed=3, count=2400),
     "prompts": lambda: prompts(seed=4, count_per_kind=200),
-    "comparisons": lambda: comparisons(seed=3, count=9600),
+    "comparisons": lambda: comparisons(seed=3, count=12800),
     "training_prompts": lambda: prompts(seed=5, count_per_kind=800, held_out=False),
+    # By its name: that file is built on this one.
+    "critiques": lambda: import_module("align.world.critiques").critiques(seed=6, count=14_000),
 }
 """Kind of data -> its rows in the embedded data set, as `tiny:<kind>` names them."""
 

@@ -47,7 +47,6 @@ def test_models_and_functions_are_read_in_order_with_their_weights():
         ({"function": 7}, "stages.ppo.rewards.mine.function=7: write module:name"),
         ({"function": "./my/rewards.py:short"}, "give the module, not its file: my.rewards:short"),
         ("runs/reward", "stages.ppo.rewards.mine=runs/reward: write {model: FOLDER}"),
-        (None, "stages.ppo.rewards.mine=None: write {model: FOLDER}"),
     ],
 )
 def test_anything_else_is_refused_in_one_line_that_names_the_key(value, said):
@@ -55,6 +54,10 @@ def test_anything_else_is_refused_in_one_line_that_names_the_key(value, said):
         parse_rewards({"sound": {"model": "x"}, "mine": value})
     assert said in str(refusal.value)
     assert "\n" not in str(refusal.value)
+
+
+def test_null_leaves_out_what_a_recipe_has_under_that_name():
+    assert [one.name for one in parse_rewards({"sound": {"model": "x"}, "mine": None})] == ["sound"]
 
 
 def test_no_reward_at_all_is_refused():

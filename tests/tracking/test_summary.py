@@ -121,3 +121,40 @@ def test_an_adapter_and_an_offline_wandb_run_are_pointed_to(monkeypatch):
     assert "adapter  runs/sft_dpo/dpo/adapter" in text
     assert "wandb    wandb sync runs/sft_dpo/wandb/offline-run-*" in text
     assert not any(line.startswith(("adapter", "wandb")) for line in lines([trained("dpo")]))
+
+
+def reinforced(**changes) -> Manifest:
+    first = {"reward/score": -2.344, "kl/nats_per_completion": 0.0, "completion/tokens": 14.9}
+    last = {"reward/score": 2.769, "kl/nats_per_completion": 1.47, "completion/tokens": 17.9}
+    both = {"completion/unfinished": 0.0, "policy/entropy": 0.11}
+    metrics = {f"first/{k}": v for k, v in (first | both).items()} | {f"last/{k}": v for k, v in (last | both).items()}
+    given = {"metrics": metrics, "outputs": [{"path": "ppo_report.html"}]} | changes
+    return trained("ppo", **given)
+
+
+def test_ppo_says_what_became_of_its_completions_and_where_its_page_is():
+    text = lines([trained("sft"), reinforced()], config(name="rlhf"))
+    heading = next(at for at, line in enumerate(text) if "KL to the reference" in line)
+    row = "ppo -2.34 -> +2.77 0.00 -> 1.47 nats 14.9 -> 17.9 0.0% -> 0.0% 0.110 -> 0.110"
+    assert " ".join(text[heading + 2].split()) == row
+    assert max(map(len, text[:-1])) <= 88
+    assert "report   runs/sft_dpo/ppo/ppo_report.html" in text
+    assert "+recipe=rlhf model.path=<your model>" in text[-1]
+
+
+def test_a_guard_that_stopped_ppo_is_named_only_then():
+    stopped = reinforced(metrics=reinforced().metrics | {"stopped_by_guard": 1.0})
+    assert any("stopped by a guard" in line for line in lines([stopped]))
+    assert not any("stopped by a guard" in line for line in lines([reinforced()]))
+
+
+def test_a_reward_model_is_followed_by_ppo_and_its_page_is_named_only_if_there_is_one():
+    with_page = lines([trained("reward", outputs=[{"path": "reward_report.html"}])])
+    model = "runs/sft_dpo/reward/reward_model"
+    assert with_page[-1] == f"next     python -m align +recipe=ppo stages.ppo.rewards.preference.model={model}"
+    assert "report   runs/sft_dpo/reward/reward_report.html" in with_page
+    assert not any(line.startswith("report") for line in lines([trained("reward")]))
+    own = config()
+    own.model.path = "models/mine"
+    following = lines([trained("reward")], own)[-1]
+    assert following.endswith(f"{model} model.path=models/mine data.prompts=<your prompts.jsonl>")

@@ -70,9 +70,7 @@ def test_gae_takes_the_score_at_the_last_token_and_the_kl_at_each():
     seen.reference_logps = seen.logps - ragged(kl)
     found = targets(seen, coefficient=0.2, gamma=0.9, gae_lambda=0.5)
     rewards = [[-0.1, 0.05, 1.0], [-0.05, -0.1 - 1.0], [-0.2 + 2.0], [0.0, -0.025 + 0.5]]
-    advantages = [
-        gae(one, values[row].tolist()[: len(one)], 0.9, 0.5) for row, one in enumerate(rewards)
-    ]
+    advantages = [gae(one, values[row].tolist()[: len(one)], 0.9, 0.5) for row, one in enumerate(rewards)]
     # By hand, the first completion: errors 1.5, 0.05 - 0.45 - 0.25 = -0.65 and -0.1 + 0.225 - 0.5 = -0.375.
     assert advantages[0] == pytest.approx([-0.375 + 0.45 * (-0.65 + 0.45 * 1.5), -0.65 + 0.45 * 1.5, 1.5])
     returns = [

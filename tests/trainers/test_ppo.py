@@ -166,6 +166,7 @@ def test_completions_that_share_a_tree_give_the_numbers_of_separate_trees(tmp_pa
     for shared in (True, False):
         trainer = watched(tmp_path, stage(completions_per_prompt=4, micro_batch_size=4), layout=Layout.forest)
         if not shared:
+
             def apart(prompts, completions, group):
                 return trees_of(prompts, completions, range(len(group)))
 
@@ -422,9 +423,7 @@ def test_an_adaptive_kl_weight_follows_the_kl_and_is_used_in_the_next_update(tmp
 
 
 def test_an_adaptive_kl_weight_reaches_the_loss(tmp_path):
-    settings = stage(
-        **WITHOUT_VALUE, kl_place=KLPlace.loss, kl_controller=KLController.adaptive, kl_coefficient=0.5
-    )
+    settings = stage(**WITHOUT_VALUE, kl_place=KLPlace.loss, kl_controller=KLController.adaptive, kl_coefficient=0.5)
     trainer = build(tmp_path, settings)
     trainer.controller.coefficient = 2.0
     assert steps_of(trainer)[0][0]["kl_coefficient"].item() == 2.0

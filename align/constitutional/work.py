@@ -1,0 +1,108 @@
+"""Questions to a model, a step at a time: shared among ranks, known answers taken from the journal."""
+
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from threading import Lock
+from typing import Any, TypeVar
+
+from align.constitutional.journal import Journal, key_of
+from align.distributed import runtime
+from align.distributed.runtime import Runtime
+from align.generation.speakers import Ask, Choose, Chosen, Failed, Said, Speaker
+from align.tracking.progress import Progress
+
+Question = TypeVar("Question", Ask, Choose)
+Done = Callable[[int, Any], None]
+
+
+@dataclass
+class Spent:
+    """What a step took. Answers that were known already count too, so a resumed run has the same account."""
+
+    calls: int = 0
+    prompt_tokens: int = 0
+    new_tokens: int = 0
+    failed: Counter[str] = field(default_factory=Counter)
+    """Reason -> questions without an answer."""
+
+
+@dataclass
+class Work:
+    """Puts questions to speakers. Each method is called on every rank, with the same questions in the same order."""
+
+    folder: Path
+    """Of the journals."""
+    runtime: Runtime
+    label: str
+    spent: dict[str, Spent] = field(default_factory=dict)
+    """By step."""
+
+    def say(self, step: str, speaker: Speaker, asks: Sequence[Ask]) -> list[Said | Failed]:
+        """Every answer, in the order of the questions, on every rank."""
+        return self._ask(step, speaker, asks, speaker.say, lambda line: Said(**line))
+
+    def choose(self, step: str, speaker: Speaker, chooses: Sequence[Choose]) -> list[Chosen | Failed]:
+        """As `say`, for candidates."""
+        return self._ask(
+            step, speaker, chooses, speaker.choose, lambda line: Chosen(**{**line, "logps": tuple(line["logps"])})
+        )
+
+    def _ask(
+        self,
+        step: str,
+        speaker: Speaker,
+        questions: Sequence[Question],
+        ask: Callable[[Sequence[Question], Done], None],
+        read: Callable[[dict[str, Any]], Any],
+    ) -> list[Any]:
+        journal = Journal(self.folder, step, self.runtime.rank)
+        runtime.barrier()
+        # The caller's name for a question decides nothing about its answer.
+        keys = [key_of(speaker.name, {**asdict(question), "key": ""}) for question in questions]
+        waiting = {key: one for key, one in zip(keys, questions, strict=True) if key not in journal.known}
+        answers = {key: read(journal.known[key]) for key in keys if key in journal.known}
+        own = dict(list(waiting.items())[self.runtime.rank :: self.runtime.world_size])
+        if waiting:
+            for part in runtime.gather(self._put(step, journal, own, ask)):
+                answers |= part
+        journal.close()
+        found = [answers[key] for key in keys]
+        self._count(step, found)
+        return found
+
+    def _put(
+        self, step: str, journal: Journal, own: dict[str, Question], ask: Callable[[Sequence[Question], Done], None]
+    ) -> dict[str, Any]:
+        """Ask what is this rank's, and keep each answer at once. A failure is not kept: the next run tries again."""
+        keys, fresh, lock = list(own), {}, Lock()
+        progress = Progress(f"{self.label}: {step}", len(keys), active=self.runtime.is_main and bool(keys))
+        started, tokens = time.monotonic(), 0
+
+        def done(place: int, answer: Said | Chosen | Failed) -> None:
+            nonlocal tokens
+            with lock:
+                fresh[keys[place]] = answer
+                if not isinstance(answer, Failed):
+                    journal.add(keys[place], asdict(answer))
+                tokens += getattr(answer, "new_tokens", 0)
+                seconds = max(time.monotonic() - started, 1e-9)
+                rates = f"{len(fresh) / seconds:,.1f} rows/s" + (f"  {tokens / seconds:,.0f} tokens/s" if tokens else "")
+                progress.show(len(fresh), rates)
+
+        ask(list(own.values()), done)
+        missing = [key for key in keys if key not in fresh]
+        assert not missing, f"{step}: the speaker left {len(missing)} questions without an answer"
+        return fresh
+
+    def _count(self, step: str, answers: Sequence[Said | Chosen | Failed]) -> None:
+        spent = self.spent.setdefault(step, Spent())
+        spent.calls += len(answers)
+        for answer in answers:
+            if isinstance(answer, Failed):
+                spent.failed[answer.reason] += 1
+            else:
+                spent.prompt_tokens += answer.prompt_tokens
+                spent.new_tokens += getattr(answer, "new_tokens", 0)

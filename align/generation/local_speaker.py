@@ -1,0 +1,218 @@
+"""A speaker in this process: a Hugging Face model that answers and weighs, in batches.
+
+Tokens are drawn as `align.generation.rollout` draws them, from numbers of each question's own, so that an answer does
+not depend on its batch, up to rounding: in fp32 that changes a token about once in a million, in bf16 more often. The
+same questions in the same order and batch size give the same bytes. Log-probabilities of `choose` differ from batch to
+batch in their last digits.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+import torch
+from transformers import PreTrainedModel
+
+from align.data.records import Message, RowRefused
+from align.data.template import Template
+from align.generation.answer_logps import Tree, answer_logps, answer_logps_alone
+from align.generation.batching import Batching, Rules, generate, prove_batching, with_tokens
+from align.generation.rollout import (
+    CHUNK_STEPS,
+    Draws,
+    Row,
+    _as_sampler,
+    _batches,
+    _decode_at_once,
+    _record,
+    _uniforms,
+    draw,
+)
+from align.generation.roomy_cache import move_rows
+from align.generation.shared_prefix import common_prefix, prove_sharing, read_prompts
+from align.generation.speakers import Ask, Choose, Chosen, Failed, Messages, Said, cut_at_stop
+from align.models.layout import plain_model
+
+
+@dataclass
+class Saying(Row):
+    """An answer in the making."""
+
+    place: int = -1
+    stop: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class States:
+    """What the states of the model allow."""
+
+    batching: Batching
+    longest_shared: float
+    """See `prove_sharing`."""
+
+
+class LocalSpeaker:
+    """A model and its template. What the questions of a batch start with (system prompt, examples) is read once."""
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        template: Template,
+        *,
+        name: str,
+        batch_size: int,
+        device: torch.device | str | None = None,
+    ):
+        """batch_size: answers that are sampled, or candidates that are weighed, together. device: None leaves the model
+        where it is. The model may be wrapped by PEFT; it comes back from each call in the mode that it was in.
+        """
+        assert batch_size > 0
+        self.name = name
+        self._plain: PreTrainedModel = plain_model(model.to(device) if device is not None else model)
+        self._template, self._batch_size = template, batch_size
+        pad = template.tokenizer.pad_token_id
+        self._pad = template.chat.stop_id if pad is None else pad
+        self._states: States | None = None
+
+    def say(self, asks: Sequence[Ask], done: Callable[[int, Said | Failed], None]) -> None:
+        """See `Speaker`. An answer is known when it ends, be the others of its batch as long as they are.
+
+        Raises: UserError if the model's logits are no numbers.
+        """
+        rows: dict[tuple[float, int], list[Row]] = {}
+        for place, ask in enumerate(asks):
+            encoded = self._encoded(ask)
+            if isinstance(encoded, Failed):
+                done(place, encoded)
+            else:
+                row = Saying(tuple(encoded), ask.seed, place=place, stop=ask.stop)
+                rows.setdefault((ask.temperature, ask.max_new_tokens), []).append(row)
+        with torch.no_grad(), _as_sampler(self._plain):
+            for (temperature, limit), alike in rows.items():
+                rules = Rules(frozenset(self._template.stop_token_ids), self._pad, limit, temperature)
+                for row in self._complete(alike, rules):
+                    done(row.place, self._said(row))
+
+    def choose(self, chooses: Sequence[Choose], done: Callable[[int, Chosen | Failed], None]) -> None:
+        """See `Speaker`. Raises: UserError if the model's logits are no numbers."""
+        trees: list[tuple[int, Tree]] = []
+        for place, encoded in enumerate(self._encoded_trees(chooses)):
+            if isinstance(encoded, Failed):
+                done(place, encoded)
+            else:
+                trees.append((place, encoded))
+        # Questions with as many candidates, of like length, together.
+        trees.sort(key=lambda entry: (len(entry[1][1]), len(entry[1][0]), entry[1][0]))
+        with torch.no_grad(), _as_sampler(self._plain):
+            for candidates, group in groupby(trees, key=lambda entry: len(entry[1][1])):
+                alike, size = list(group), max(1, self._batch_size // candidates)
+                for start in range(0, len(alike), size):
+                    batch = alike[start : start + size]
+                    for (place, tree), logps in zip(batch, self._weigh([t for _, t in batch]), strict=True):
+                        done(place, Chosen(tuple(logps), len(tree[0])))
+
+    def prompt_text(self, messages: Messages) -> str:
+        """What the model is given. Raises: RowRefused if the template does not take these messages."""
+        return self._template.chat.renderer.prompt(_turns(messages))
+
+    def prompt_tokens(self, messages: Messages) -> int:
+        """Tokens of `prompt_text`. Raises: as it does."""
+        return len(self._template.encode_prompt(_turns(messages)))
+
+    def _encoded(self, ask: Ask) -> list[int] | Failed:
+        try:
+            ids = self._template.encode_prompt(_turns(ask.messages))
+        except RowRefused as refused:
+            return Failed(refused.reason, refused.detail)
+        return self._too_long(len(ids), ask.max_new_tokens) or ids
+
+    def _encoded_trees(self, chooses: Sequence[Choose]) -> Iterator[Tree | Failed]:
+        rows = [(_turns(one.messages), [Message("assistant", text) for text in one.candidates], ()) for one in chooses]
+        for encoded in self._template.encode_trees(rows):
+            if isinstance(encoded, RowRefused):
+                yield Failed(encoded.reason, encoded.detail)
+                continue
+            prompt, answers = encoded
+            answers = [answer[:-1] for answer in answers]  # without the stop token: see Chosen
+            yield self._too_long(len(prompt), max(map(len, answers))) or (tuple(prompt), answers)
+
+    def _too_long(self, prompt_tokens: int, new_tokens: int) -> Failed | None:
+        text = self._plain.config.get_text_config()
+        limit = getattr(text, "max_position_embeddings", None)
+        if limit is None or prompt_tokens + new_tokens <= limit:
+            return None
+        return Failed("too_long", f"{prompt_tokens} tokens and {new_tokens} to come exceed the model's {limit}")
+
+    def _complete(self, rows: list[Row], rules: Rules) -> Iterator[Saying]:
+        states = self._found(max((row.prompt for row in rows), key=len))
+        for batch in _batches(rows, self._batch_size, states.batching):
+            if states.batching is Batching.moving:
+                yield from self._decode(batch, rules, states)
+                continue
+            for _ in _decode_at_once(self._plain, batch, rules):
+                pass
+            for row in batch:
+                self._end_at_stop(row)
+            yield from batch
+
+    def _found(self, prompt: tuple[int, ...]) -> States:
+        if self._states is None:
+            batching = prove_batching(self._plain, prompt, self._pad)
+            moving = batching is Batching.moving
+            self._states = States(batching, prove_sharing(self._plain, prompt, self._pad) if moving else 0)
+        return self._states
+
+    def _decode(self, batch: list[Saying], rules: Rules, states: States) -> Iterator[Saying]:
+        """Complete the rows of a batch, and yield each when it ends; it is computed no further then."""
+        model, rows = self._plain, batch
+        prompts = list(dict.fromkeys(row.prompt for row in batch))
+        read = read_prompts(model, prompts, rules, common_prefix(prompts, rules.max_new_tokens, states.longest_shared))
+        place = {prompt: index for index, prompt in enumerate(prompts)}
+        keep = torch.tensor([place[row.prompt] for row in rows], device=model.device)
+        uniforms = _uniforms(rows, rules, model.device)
+        tokens, logps = draw(read.logits[keep], uniforms[:, 0], rules.temperature)
+        new, new_logps = tokens[:, None], logps[:, None]
+        ids, mask = read.ids[keep], read.mask[keep]
+        for step in range(1, rules.max_new_tokens + CHUNK_STEPS, CHUNK_STEPS):
+            _record(rows, new, new_logps, rules)
+            ended = [self._end_at_stop(row) or step >= rules.max_new_tokens for row in rows]
+            yield from (row for row, over in zip(rows, ended, strict=True) if over)
+            alive = torch.tensor([i for i, over in enumerate(ended) if not over], device=model.device, dtype=torch.long)
+            if not len(alive):
+                return
+            rows = [row for row, over in zip(rows, ended, strict=True) if not over]
+            ids, mask = with_tokens(ids[alive], mask[alive], new[alive])
+            uniforms, steps = uniforms[alive], min(CHUNK_STEPS, rules.max_new_tokens - step)
+            move_rows(read.cache, keep[alive], CHUNK_STEPS)
+            draws, width = Draws(uniforms[:, step : step + CHUNK_STEPS], rules.temperature), ids.shape[1]
+            new = generate(model, ids, mask, steps, rules, draws, past_key_values=read.cache).sequences[:, width:]
+            new_logps = torch.stack(draws.logps, 1)
+            keep = torch.arange(len(rows), device=model.device)
+
+    def _weigh(self, trees: list[Tree]) -> list[list[float]]:
+        states = self._found(max((prompt for prompt, _ in trees), key=len))
+        if states.batching is Batching.moving:
+            return answer_logps(self._plain, trees, pad_token_id=self._pad, longest_shared=states.longest_shared)
+        size = 1 if states.batching is Batching.single else self._batch_size
+        return answer_logps_alone(self._plain, trees, pad_token_id=self._pad, batch_size=size)
+
+    def _end_at_stop(self, row: Saying) -> bool:
+        """Whether the row has ended, by a token or by a stop text; tokens after a stop text are dropped."""
+        if row.stop and cut_at_stop(self._text(row.ids), row.stop)[1]:
+            # Fewer tokens that still hold it, so that where a chunk ended does not matter.
+            while cut_at_stop(self._text(row.ids[:-1]), row.stop)[1]:
+                row.ids.pop()
+                row.logps.pop()
+            row.finished = True
+        return row.finished
+
+    def _said(self, row: Saying) -> Said:
+        text = cut_at_stop(self._text(row.ids), row.stop)[0].strip()
+        return Said(text, row.finished, len(row.prompt), len(row.ids))
+
+    def _text(self, ids: list[int]) -> str:
+        return self._template.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+def _turns(messages: Messages) -> list[Message]:
+    return [Message(message["role"], message["content"]) for message in messages]
