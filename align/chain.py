@@ -12,21 +12,33 @@ from align import artifacts
 from align.artifacts import Manifest
 from align.config.errors import UserError
 from align.config.keys import slots_of
-from align.config.rewards import parse_rewards
-from align.config.schema import PPOStage, RunConfig, ScoreStage, StageConfig, ZeroChoice
+from align.config.rewards import RewardSetting, parse_rewards
+from align.config.schema import (
+    ConstitutionalStage,
+    ModelConfig,
+    PPOStage,
+    RunConfig,
+    ScoreStage,
+    SpeakerBackend,
+    StageConfig,
+    ZeroChoice,
+)
 from align.data.prepare import check_slot, slot_digests
 from align.distributed import runtime
 from align.distributed.runtime import Runtime
-from align.models.load import check_model, context_length
+from align.models.load import check_model, context_length, load_config
+from align.models.reward import has_score_head
 from align.stages.context import RunContext, flat, plain, stage_record
 from align.stages.rows import prepare_ahead, starting_model
 from align.stages.saving import POLICY, REWARD_MODEL
 from align.stages.session import input_digests
+from align.stages.speakers import ROLES
 from align.stages.table import RUN
 from align.tracking.progress import say
 from align.tracking.summary import summary
 from align.tracking.wandb_run import check_wandb
 from align.trainers.quiet import quiet_libraries
+from align.trainers.reward_sources import FUNCTION_FAILED, FunctionReward, function_digest
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 # safetensors and torch report a full disk in their own words.
@@ -80,8 +92,7 @@ def check_chain(config: RunConfig, run_dir: Path) -> None:
         stage = getattr(config.stages, name)
         if stage is None:
             raise UserError(f"run has {name}, but stages.{name} is not set; add stage=[{','.join(config.run)}]")
-        for key, wire in _wires(name, stage).items():
-            _check_wire(key, wire, config.run[:position], run_dir, keep_adapter=config.peft.keep_adapter)
+        _check_wires(config, name, config.run[:position], run_dir)
         if isinstance(stage, StageConfig):
             _check_context_length(config, name, stage)
         for slot in slots_of(config, name):
@@ -112,16 +123,56 @@ def _wires(name: str, stage: Any) -> dict[str, str]:
         for key in ("reference", "value"):
             if plain(stage).get(key):
                 wires[f"stages.{name}.{key}"] = getattr(stage, key)
-        if isinstance(stage, PPOStage):
-            models = [setting for setting in parse_rewards(stage.rewards) if setting.model]
-            wires |= {f"stages.{name}.rewards.{setting.name}.model": str(setting.model) for setting in models}
-        return wires
+        return wires | _reward_wires(name, stage)
     if isinstance(stage, ScoreStage):
         return {f"stages.{name}.reward_model": stage.reward_model}
+    if isinstance(stage, ConstitutionalStage):
+        speakers = {role: getattr(stage, role) for role in ROLES}
+        local = {role: one for role, one in speakers.items() if one.model and one.backend is SpeakerBackend.hf}
+        return {f"stages.{name}.{role}.model": one.model for role, one in local.items()}
     return {f"stages.{name}.models.{key}": path for key, path in stage.models.items()}
 
 
-def _check_wire(key: str, wire: str, earlier: list[str], run_dir: Path, *, keep_adapter: bool) -> None:
+def _reward_wires(name: str, stage: Any) -> dict[str, str]:
+    """Config key -> reward model for those among the rewards of a stage."""
+    models = {setting.name: setting.model for setting in _rewards(stage)}
+    return {f"stages.{name}.rewards.{reward}.model": model for reward, model in models.items() if model}
+
+
+def _rewards(stage: Any) -> list[RewardSetting]:
+    return parse_rewards(stage.rewards) if isinstance(stage, PPOStage) else []
+
+
+def _check_wires(config: RunConfig, name: str, earlier: list[str], run_dir: Path) -> None:
+    """Every model and function that a stage takes in: it is what it has to be, or an earlier stage will make it."""
+    stage = getattr(config.stages, name)
+    rewards = _reward_wires(name, stage)
+    for key, wire in _wires(name, stage).items():
+        try:
+            there = _check_wire(key, wire, earlier, run_dir, keep_adapter=config.peft.keep_adapter)
+            if there and key in rewards:
+                _check_score_head(key, wire, config.model)
+        except UserError as error:
+            if key not in rewards or config.peft.keep_adapter:
+                raise
+            raise UserError(f"{error}; make a reward model with +recipe=reward first") from error
+    for setting in _rewards(stage):
+        if setting.function:
+            FunctionReward(setting)
+
+
+def _check_score_head(key: str, wire: str, model: ModelConfig) -> None:
+    """Raises: UserError unless a model's config, the only file that is read, is that of a reward model."""
+    try:
+        config = load_config(wire, model)
+    except UserError as error:
+        raise UserError(f"{key}={error}") from error
+    if not has_score_head(config):
+        raise UserError(f"{key}={wire}: not a reward model, it has no score head")
+
+
+def _check_wire(key: str, wire: str, earlier: list[str], run_dir: Path, *, keep_adapter: bool) -> bool:
+    """Whether the model is there; if not, an earlier stage of the run will make it. Raises: UserError."""
     path = Path(wire)
     if path.parent.parent == run_dir and path.name in (POLICY, REWARD_MODEL):
         producer = path.parent.name
@@ -131,12 +182,11 @@ def _check_wire(key: str, wire: str, earlier: list[str], run_dir: Path, *, keep_
                 "from whole models; leave keep_adapter out: the adapter is kept beside the merged model anyway"
             )
         if producer in earlier:
-            return
-        if artifacts.read_manifest(path.parent) is not None:
-            check_model(wire, where=key)
-            return
-        raise UserError(f"{key}={wire}: stage {producer} has not run; run it first, or put it before in run=")
+            return False
+        if artifacts.read_manifest(path.parent) is None:
+            raise UserError(f"{key}={wire}: stage {producer} has not run; run it first, or put it before in run=")
     check_model(wire, where=key)
+    return True
 
 
 def _check_writable(run_dir: Path) -> None:
@@ -193,6 +243,9 @@ def _complete(context: RunContext) -> Manifest | None:
         # Without a checkpoint nothing is lost by starting again, such as after a refused row.
         if started is not None and any((context.stage_dir / "checkpoints").glob("checkpoint-*")):
             _refuse_other_config(context, started["config"], record)
+            # One that failed was to be mended.
+            if not (context.stage_dir / FUNCTION_FAILED).exists():
+                _refuse_changed(context, started.get("functions", {}), _function_digests(context))
         return None
     _refuse_other_config(context, manifest.config, record)
     problems = artifacts.damaged_outputs(context.stage_dir, manifest)
@@ -220,7 +273,20 @@ def _refuse_other_inputs(context: RunContext, manifest: Manifest) -> None:
     now = {d["path"]: d["digest"] for model in models for d in input_digests(model, "")}
     for slot in slots_of(context.config, context.stage_name):
         now |= {d["path"]: d["digest"] for d in slot_digests(context.config.data, slot)}
-    changed = [i["path"] for i in manifest.inputs if now.get(i["path"], i["digest"]) != i["digest"]]
+    now |= _function_digests(context)
+    _refuse_changed(context, {i["path"]: i["digest"] for i in manifest.inputs}, now)
+
+
+def _function_digests(context: RunContext) -> dict[str, str]:
+    """`module:name` -> digest of the module, for each reward function of the stage."""
+    rewards = _rewards(getattr(context.config.stages, context.stage_name))
+    digests = [function_digest(setting) for setting in rewards if setting.function]
+    return {digest["path"]: digest["digest"] for digest in digests}
+
+
+def _refuse_changed(context: RunContext, then: dict[str, str], now: dict[str, str]) -> None:
+    """Digests of inputs by path. Raises: UserError naming those that are others now."""
+    changed = [path for path, digest in then.items() if now.get(path, digest) != digest]
     if changed:
         raise UserError(
             f"{context.stage_dir} was made from other inputs: {', '.join(changed)} changed since; use another "
@@ -232,7 +298,9 @@ def _start_stage(context: RunContext) -> None:
     context.stage_dir.mkdir(parents=True, exist_ok=True)
     record = stage_record(context.config, context.stage_name, context.run_dir)
     (context.stage_dir / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(plain(context.config))))
-    artifacts.write_json(context.stage_dir / artifacts.STARTED, {"config": record})
+    started = {"config": record, "functions": _function_digests(context)}
+    artifacts.write_json(context.stage_dir / artifacts.STARTED, started)
+    (context.stage_dir / FUNCTION_FAILED).unlink(missing_ok=True)
 
 
 def _remove_checkpoints(stage_dir: Path) -> None:

@@ -3,13 +3,15 @@
     python benchmarks/speakers.py [--questions 64] [--batch-size 16] [--repeats 3]
 
 Both answer greedily in fp32, in batches of like length; answers must be the same, token for token, or the run fails.
-Plain generate is given token ids; the speaker renders and tokenises its messages within its time. Settings:
+Both start from messages. Settings:
 
-* `examples`: eight example turns (a critique's few-shot dialogue) before each question; without: the question alone;
+* `examples`: sixteen example exchanges before each question, as a critique has; without: the question alone;
 * `natural`: answers end at their stop token; `limit`: none stops, all reach the limit.
 
-Each setting is run by turns, and the best of the repeats counts. Tokens are new ones. `weigh` is the speaker's choice
-between two whole answers against one plain forward of each prompt with each answer, right-padded, in the same batches.
+Each setting is run by turns, and the best of the repeats counts. Tokens are new ones. Seconds are those of the
+processor, which other processes do not change much; with one thread they are what a clock shows on a machine of one's
+own. `weigh` is the speaker's choice between two whole answers against one plain forward of each prompt with each
+answer, right-padded, in the same batches.
 """
 
 import argparse
@@ -26,9 +28,11 @@ from align.generation.answer_logps import answer_logps_alone
 from align.generation.local_speaker import LocalSpeaker
 from align.generation.speakers import Ask, Choose
 from align.models.load import load_model, load_tokenizer
-from align.world.requests import FAMILY
+from align.world.requests import FAMILY, Request
+from align.world.vocabulary import WORDS
 
 LIMIT = 64
+EXAMPLES = 16
 GOAL = 0.9
 CANDIDATES = ("the first one is better", "the second one is better")
 
@@ -41,22 +45,23 @@ class Endless(Template):
 
 def questions(count: int, examples: bool) -> list[Ask]:
     draw = random.Random(0)
-    words = "bread water stone lamp well garden rope honey cart bridge".split()
-
-    def turn(role: str, length: int) -> dict[str, str]:
-        return {"role": role, "content": " ".join(draw.choice(words) for _ in range(length))}
-
-    shots = [turn(role, 30) for _ in range(4) for role in ("user", "assistant")] if examples else []
-    asks = []
-    for number in range(count):
-        family = draw.choice(list(FAMILY.values()))
-        text = draw.choice(family.phrasings).format(**dict.fromkeys(family.slots, draw.choice(words)))
-        asks.append(Ask(str(number), (*shots, {"role": "user", "content": text}), number, 0.0, LIMIT))
-    return asks
+    shots = [turn for _ in range(EXAMPLES if examples else 0) for turn in exchange(draw)]
+    return [Ask(str(i), (*shots, exchange(draw)[0]), i, 0.0, LIMIT) for i in range(count)]
 
 
-def plain(model, template: Template, prompts: list[list[int]], batch_size: int) -> list[str]:
+def exchange(draw: random.Random) -> tuple[dict[str, str], dict[str, str]]:
+    """A villager's question and its right answer."""
+    family = draw.choice(list(FAMILY.values()))
+    words = {slot: draw.choice(WORDS[sort]) for slot, sort in family.slots.items()}
+    request = Request(family, words, draw.randrange(len(family.phrasings)))
+    return {"role": "user", "content": request.prompt()}, {"role": "assistant", "content": request.right_reply()}
+
+
+def plain(model, template: Template, asks: list[Ask], batch_size: int) -> list[str]:
     """Left-padded batches of like length through generate, and their texts."""
+    prompts = template.tokenizer.apply_chat_template(
+        [list(ask.messages) for ask in asks], add_generation_prompt=True, return_dict=False
+    )
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     texts, pad = [""] * len(prompts), template.tokenizer.pad_token_id
     for start in range(0, len(order), batch_size):
@@ -75,13 +80,13 @@ def plain(model, template: Template, prompts: list[list[int]], batch_size: int) 
 
 
 def best(repeats: int, *runs: Callable[[], None]) -> list[float]:
-    """Least seconds of each, taken by turns."""
+    """Least CPU seconds of each, taken by turns."""
     seconds = [float("inf")] * len(runs)
     for _ in range(repeats):
         for which, run in enumerate(runs):
-            started = time.perf_counter()
+            started = time.process_time()
             run()
-            seconds[which] = min(seconds[which], time.perf_counter() - started)
+            seconds[which] = min(seconds[which], time.process_time() - started)
     return seconds
 
 
@@ -96,7 +101,7 @@ def contest(model, template: Template, asks: list[Ask], settings: argparse.Names
         speaker.say(asks, ours.__setitem__)
 
     def generate() -> None:
-        theirs[:] = plain(model, template, prompts, settings.batch_size)
+        theirs[:] = plain(model, template, asks, settings.batch_size)
 
     theirs_seconds, our_seconds = best(settings.repeats, generate, speak)
     same = sum(ours[i].text == text for i, text in enumerate(theirs))
@@ -114,23 +119,22 @@ def weigh(model, template: Template, asks: list[Ask], settings: argparse.Namespa
     chooses = [Choose(ask.key, ask.messages, CANDIDATES, ask.seed) for ask in asks]
     speaker = LocalSpeaker(model, template, name="tiny", batch_size=settings.batch_size)
     rows = [([Message(**m) for m in c.messages], [Message("assistant", t) for t in CANDIDATES], ()) for c in chooses]
-    trees = [(tuple(prompt), [a[:-1] for a in answers]) for prompt, answers in template.encode_trees(rows)]
-    order = sorted(range(len(trees)), key=lambda i: len(trees[i][0]))
     ours: dict[int, object] = {}
-    theirs: list[list[float]] = []
+    theirs: dict[int, list[float]] = {}
 
     def forward() -> None:
+        trees = [(tuple(prompt), [a[:-1] for a in answers]) for prompt, answers in template.encode_trees(rows)]
+        order = sorted(range(len(trees)), key=lambda i: len(trees[i][0]))
         pad = template.tokenizer.pad_token_id
         with torch.no_grad():
-            theirs[:] = answer_logps_alone(
+            logps = answer_logps_alone(
                 model, [trees[i] for i in order], pad_token_id=pad, batch_size=settings.batch_size
             )
+        theirs.update(zip(order, logps, strict=True))
 
     their_seconds, our_seconds = best(settings.repeats, forward, lambda: speaker.choose(chooses, ours.__setitem__))
-    apart = max(
-        abs(a - b) for i, row in zip(order, theirs, strict=True) for a, b in zip(ours[i].logps, row, strict=True)
-    )
-    rates = f"plain {len(trees) / their_seconds:7.0f}   speaker {len(trees) / our_seconds:7.0f} choices/s"
+    apart = max(abs(a - b) for i, row in theirs.items() for a, b in zip(ours[i].logps, row, strict=True))
+    rates = f"plain {len(asks) / their_seconds:7.0f}   speaker {len(asks) / our_seconds:7.0f} choices/s"
     print(
         f"{label:20} log-probabilities apart by {apart:.1e} at most      {rates}   x{their_seconds / our_seconds:.2f}"
     )

@@ -8,16 +8,19 @@ from pathlib import Path
 from typing import Any
 
 from align.config.errors import UserError
-from align.config.keys import SLOTS, slots_of, stage_of
+from align.config.keys import EVERY_SLOT, SLOTS, slots_of, stage_of
 from align.config.rewards import parse_rewards
 from align.config.schema import (
     Advantage,
+    ConstitutionalStage,
     KLController,
     OnBadRows,
     PairLoss,
+    PairSource,
     PeftMethod,
     RewardTarget,
     RunConfig,
+    SpeakerBackend,
     StageConfig,
     Verb,
     ZeroChoice,
@@ -66,7 +69,7 @@ def _words(typed: Typed) -> dict[str, str]:
 def _slots_read(typed: Typed) -> set[str]:
     """The slots that the stages read, and those that these read in turn. Without stages, as to convert, all."""
     if not typed.config.run:
-        return set(SLOTS.values())
+        return set(EVERY_SLOT)
     read: set[str] = set()
     waiting = [slot for name in typed.config.run if name in SLOTS for slot in slots_of(typed.config, name)]
     while waiting:
@@ -97,6 +100,9 @@ def _models(config: RunConfig) -> Iterator[str]:
         stage = getattr(config.stages, name)
         if name == "score":
             yield stage.reward_model
+        elif isinstance(stage, ConstitutionalStage):
+            speakers = (stage.generator, stage.critic, stage.judge)
+            yield from (one.model for one in speakers if one.model and one.backend is SpeakerBackend.hf)
         else:
             yield from stage.models.values() if name == "evaluate" else [stage.policy]
         for field in fields(stage):
@@ -138,7 +144,7 @@ RULES: tuple[Rule, ...] = (
     ),
     *(
         (pattern, _unread_slot, "no stage of this run ({run}) reads it; they read {slots}")
-        for slot in sorted(set(SLOTS.values()))
+        for slot in sorted(EVERY_SLOT)
         for pattern in (f"data.{slot}", f"data.{slot}.*")
     ),
     (
@@ -196,6 +202,36 @@ RULES: tuple[Rule, ...] = (
             f"only stages.reward.objective=comparison has {words}",
         )
         for key, words in (("label_smoothing", "labels to swap"), ("centring_weight", "scores without a zero"))
+    ),
+    *(
+        (
+            f"stages.constitutional.{key}",
+            lambda t: t.stage.rounds == 0,
+            "stages.constitutional.rounds=0 revises nothing",
+        )
+        for key in ("draw", "judge_revisions", "targets", "max_critique_tokens", "critic")
+    ),
+    *(
+        (
+            f"stages.constitutional.{key}",
+            lambda t: t.stage.pairs not in (PairSource.all, PairSource.random, PairSource.best_worst),
+            "only pairs=all, random and best_worst sample replies",
+        )
+        for key in ("samples", "temperatures")
+    ),
+    (
+        "stages.constitutional.judge_principles",
+        lambda t: t.stage.pairs in (PairSource.none, PairSource.contrast) and t.stage.targets.value != "best",
+        "with these pairs nothing is judged by several principles",
+    ),
+    *(
+        (
+            f"stages.constitutional.{role}.{key}",
+            lambda t, role=role: getattr(t.stage, role).backend is not SpeakerBackend.server,
+            "only backend=server reads it",
+        )
+        for role in ("generator", "critic", "judge")
+        for key in ("url", "key_env", "concurrency", "timeout_seconds", "retries", "votes")
     ),
     ("stages.evaluate.seed", lambda t: t.stage.temperature == 0, "stages.evaluate.temperature=0 samples nothing"),
 )

@@ -18,6 +18,7 @@ SLOTS = {
     "score": "demonstrations",
     "dpo": "preferences",
     "ppo": "prompts",
+    "constitutional": "prompts",
     "evaluate": "prompts",
 }
 """Stage -> the data slot that it reads."""
@@ -25,10 +26,18 @@ ALSO_READ = {"reward": ("demonstrations",)}
 """Stage -> further slots that it reads: a reward model's zero is its mean score on demonstrations."""
 
 
+EVERY_SLOT = frozenset({*SLOTS.values(), "helpful"})
+
+
 def slots_of(config: RunConfig, stage: str) -> tuple[str, ...]:
     """Every slot that a stage of the run reads."""
-    mixed = stage == "ppo" and config.stages.ppo is not None and config.stages.ppo.pretraining_weight > 0
-    return (SLOTS[stage], *ALSO_READ.get(stage, ()), *(("text",) if mixed else ()))
+    mixed: tuple[str, ...] = ()
+    if stage == "ppo" and config.stages.ppo is not None and config.stages.ppo.pretraining_weight > 0:
+        mixed = ("text",)
+    made = config.stages.constitutional
+    if stage == "constitutional" and made is not None and made.helpful_ratio > 0 and config.data.helpful:
+        mixed = ("helpful",)
+    return (SLOTS[stage], *ALSO_READ.get(stage, ()), *mixed)
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """What values may be, beyond their type. Sizes that depend on the number of ranks are checked where ranks are known."""
 
+import math
 from collections.abc import Callable
 from dataclasses import fields
 from fnmatch import fnmatchcase
@@ -73,6 +74,17 @@ LIMITS: dict[str, Limit] = {
     "stages.ppo.ema_decay": BELOW_ONE,
     "stages.ppo.sample_every": NOT_NEGATIVE,
     "stages.ppo.sample_prompts": AT_LEAST_ONE,
+    "stages.constitutional.rounds": NOT_NEGATIVE,
+    "stages.constitutional.helpful_ratio": NOT_NEGATIVE,
+    "stages.constitutional.samples": (lambda value: value >= 2, "2 or more"),
+    "stages.constitutional.judge_principles": AT_LEAST_ONE,
+    "stages.constitutional.revision_temperature": NOT_NEGATIVE,
+    "stages.constitutional.max_critique_tokens": AT_LEAST_ONE,
+    "stages.constitutional.*.concurrency": AT_LEAST_ONE,
+    "stages.constitutional.*.timeout_seconds": ABOVE_ZERO,
+    "stages.constitutional.*.retries": NOT_NEGATIVE,
+    "stages.constitutional.*.votes": NOT_NEGATIVE,
+    "stages.constitutional.*price": NOT_NEGATIVE,
     "stages.reward.label_smoothing": BELOW_HALF,
     "stages.reward.centring_weight": NOT_NEGATIVE,
     "stages.reward.statistics_rows": AT_LEAST_ONE,
@@ -113,10 +125,7 @@ def _refuse_uneven_update(stage: PPOStage) -> None:
     for name in ("batch_size", "completions_per_prompt"):
         size = getattr(stage, name)
         if stage.completions_per_update % size:
-            raise UserError(
-                f"stages.ppo.completions_per_update={stage.completions_per_update}: not a multiple of "
-                f"stages.ppo.{name}={size}; change one of them"
-            )
+            raise UserError(_uneven_update(stage, name))
     if stage.max_new_tokens >= stage.max_tokens:
         raise UserError(
             f"stages.ppo.max_new_tokens={stage.max_new_tokens} leaves no room for a prompt in "
@@ -128,6 +137,20 @@ def _refuse_uneven_update(stage: PPOStage) -> None:
             "set stages.ppo.completions_per_prompt=4 or another number above 1"
         )
     parse_rewards(stage.rewards)
+
+
+def _uneven_update(stage: PPOStage, name: str) -> str:
+    """The two numbers that do not go together, and for each the nearest one that does."""
+    whole, size = stage.completions_per_update, getattr(stage, name)
+    step = stage.micro_batch_size if name == "batch_size" else 1
+    fitting = [number for number in range(step, whole + 1, step) if whole % number == 0]
+    ways = [f"stages.ppo.{name}={min(fitting, key=lambda number: abs(number - size))}"] if fitting else []
+    each = math.lcm(stage.batch_size, stage.completions_per_prompt)
+    ways.append(f"stages.ppo.completions_per_update={-(-whole // each) * each}")
+    return (
+        f"stages.ppo.{name}={size} does not divide stages.ppo.completions_per_update={whole}, the completions of an "
+        f"update, evenly; use {' or '.join(ways)}"
+    )
 
 
 def _value(config: RunConfig, path: str) -> Any:

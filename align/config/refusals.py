@@ -7,7 +7,7 @@ import difflib
 from collections.abc import Iterator
 from enum import Enum
 from pathlib import Path
-from typing import Any, get_origin
+from typing import Any, get_args, get_origin
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, OverrideType
@@ -173,18 +173,33 @@ def _refuse_value(override: Override) -> None:
     try:
         OmegaConf.structured(key.owner)[key.leaf] = value
     except OmegaConfBaseException as error:
-        raise UserError(f"{key.path}={_shown(override)}: {_wanted(key.type, value)}") from error
+        raise UserError(f"{key.path}={_shown(override)}: {_wanted(key, value)}") from error
 
 
-def _wanted(kind: Any, value: Any) -> str:
+def _wanted(key: keys.Key, value: Any) -> str:
+    kind = key.type
     if isinstance(kind, type) and issubclass(kind, Enum):
         choices = [member.name for member in kind]
         return f"not a choice{near(str(value), choices)}"
     if get_origin(kind) is list:
-        return "a list was expected, such as [sft,dpo]"
+        return _wanted_list(key, value)
     if get_origin(kind) is dict:
         return "a dictionary was expected, such as {name: folder}"
     return f"{TYPE_WORDS[kind]} was expected"
+
+
+def _wanted_list(key: keys.Key, value: Any) -> str:
+    """What a list is, by the first entry that is none of its choices, or by an example: its default, if it has one."""
+    kind = get_args(key.type)[0]
+    if not (isinstance(kind, type) and issubclass(kind, Enum)):
+        entries = getattr(key.owner(), key.leaf) or ["sft", "dpo"]
+        return f"a list was expected, such as [{','.join(map(str, entries))}]"
+    known = [member.name for member in kind]
+    wrong = [str(entry) for entry in value if str(entry) not in known] if isinstance(value, list) else []
+    if wrong:
+        return f"{wrong[0]} is not a choice{near(wrong[0], known)}"
+    example = difflib.get_close_matches(str(value), known, n=1) or known[:2]
+    return f"a list was expected, such as [{','.join(example)}] ({', '.join(known)})"
 
 
 def near(name: str, known: list[str]) -> str:

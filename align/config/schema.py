@@ -12,6 +12,7 @@ class Verb(Enum):
     """What `do=` may be."""
 
     train = "train"
+    plan = "plan"
     check = "check"
     preview = "preview"
     convert = "convert"
@@ -144,6 +145,41 @@ class Guard(Enum):
     ratio = "ratio"
 
 
+class SpeakerBackend(Enum):
+    """Where a model that generates data runs: in this process (`hf`), or behind an OpenAI-compatible `server`."""
+
+    hf = "hf"
+    server = "server"
+
+
+class Draw(Enum):
+    """How the principles of a prompt's rounds are drawn, likelier by weight; `in_order` takes them as written."""
+
+    without_replacement = "without_replacement"
+    with_replacement = "with_replacement"
+    in_order = "in_order"
+
+
+class RevisionTarget(Enum):
+    """Which accepted revisions become demonstrations: the last, every one, or the one that the judge puts first."""
+
+    last = "last"
+    all = "all"
+    best = "best"
+
+
+class PairSource(Enum):
+    """What is compared: samples of a prompt (all pairs, one at random, best against worst), the revised reply against
+    the first, or replies to a positive and a negative system prompt."""
+
+    none = "none"
+    all = "all"
+    random = "random"
+    best_worst = "best_worst"
+    revision_vs_initial = "revision_vs_initial"
+    contrast = "contrast"
+
+
 class PeftMethod(Enum):
     """Parameter-efficient method; `none` trains every weight."""
 
@@ -200,6 +236,8 @@ class DataConfig:
     """DPO and reward: pairs of answers."""
     prompts: Any = None
     """Evaluation and RL: prompts only. Rows of any other format are accepted too; their prompts are used."""
+    helpful: Any = None
+    """Constitutional: demonstrations that are mixed into the ones it makes."""
     format: str = "auto"
     """Row format of sources that do not name their own; `auto` finds it and says which."""
     split: str = "train"
@@ -484,6 +522,81 @@ class PPOStage(StageConfig):
 
 
 @dataclass
+class SpeakerConfig:
+    """A model that answers, criticises or judges."""
+
+    backend: SpeakerBackend = SpeakerBackend.hf
+    """hf | server"""
+    model: Optional[str] = None
+    """A folder, a hub id or an embedded name; with backend=server the name that the server knows it by.
+    null, for critic and judge: the same model as the role before (generator, critic, judge)."""
+    url: Optional[str] = None
+    """backend=server: its address up to /v1."""
+    key_env: Optional[str] = None
+    """backend=server: the environment variable that holds the key. The key itself is never written anywhere."""
+    concurrency: int = 16
+    """backend=server: requests under way at a time."""
+    timeout_seconds: float = 120.0
+    """backend=server: for one request."""
+    retries: int = 6
+    """backend=server: further tries after a timeout, a lost connection, 429, 5xx or an answer that cannot be read."""
+    votes: int = 8
+    """backend=server: sampled answers that stand for log-probabilities where there are none. 0: such rows fail."""
+    prompt_price: float = 0.0
+    """Of a million tokens read, in any currency; do=plan and the report add it up."""
+    completion_price: float = 0.0
+    """Of a million tokens written."""
+
+
+@dataclass
+class ConstitutionalStage:
+    """Critiques, revisions and comparisons by the principles of a constitution: demonstrations and preferences."""
+
+    constitution: str = "harmlessness"
+    """harmlessness | honesty_helpfulness | house_style | tiny, or a YAML file of your own."""
+    generator: SpeakerConfig = field(default_factory=SpeakerConfig)
+    """Answers prompts and revises replies."""
+    critic: SpeakerConfig = field(default_factory=SpeakerConfig)
+    """Criticises."""
+    judge: SpeakerConfig = field(default_factory=SpeakerConfig)
+    """Compares."""
+    max_prompts: Optional[int] = None
+    """Prompts taken, the first ones in file order; null: all that are not held out."""
+    rounds: int = 2
+    """Critiques and revisions of each reply, at most: a critique without a flaw ends them. 0: none."""
+    draw: Draw = Draw.without_replacement
+    """without_replacement | with_replacement | in_order"""
+    judge_revisions: bool = True
+    """Ask the judge whether a revision is better by its principle; one that is not is left out."""
+    targets: RevisionTarget = RevisionTarget.last
+    """last | all | best"""
+    helpful_ratio: float = 1.0
+    """Rows of `data.helpful` mixed in, for each demonstration made here. 0 turns it off."""
+    pairs: PairSource = PairSource.revision_vs_initial
+    """none | all | random | best_worst | revision_vs_initial | contrast"""
+    samples: int = 4
+    """Replies sampled for each prompt to be compared (pairs=all, random or best_worst)."""
+    temperatures: List[float] = field(default_factory=lambda: [1.0])
+    """Of those samples, in turn."""
+    judge_principles: int = 4
+    """Principles drawn for each pair; their verdicts are averaged. As many as there are at most."""
+    temperature: float = 1.0
+    """Of first replies. 0 is greedy."""
+    revision_temperature: float = 0.7
+    """Of critiques, revisions and thoughts. 0 is greedy."""
+    max_new_tokens: int = 512
+    """Longest reply or revision."""
+    max_critique_tokens: int = 256
+    """Longest critique or thought."""
+    batch_size: int = 16
+    """Questions put to a local model together, on a rank."""
+    filters: List[str] = field(default_factory=lambda: ["all"])
+    """Faults for which a reply is left out: `all`, or names of align/data/reply_filters.py; [] keeps everything."""
+    seed: int = 7
+    """Of everything that is drawn, each row by itself: batch size, order and ranks change nothing."""
+
+
+@dataclass
 class EvaluateStage:
     """Replies of several models to the same held-out prompts, side by side; judged where the data knows the truth."""
 
@@ -511,6 +624,7 @@ class Stages:
     score: Optional[ScoreStage] = None
     dpo: Optional[DPOStage] = None
     ppo: Optional[PPOStage] = None
+    constitutional: Optional[ConstitutionalStage] = None
     evaluate: Optional[EvaluateStage] = None
 
 

@@ -23,7 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 from align.config import keys, listing, refusals
 from align.config.effects import refuse_without_effect
 from align.config.errors import UserError
-from align.config.keys import SLOTS
+from align.config.keys import EVERY_SLOT
 from align.config.ranges import refuse_out_of_range
 from align.config.schema import RunConfig
 
@@ -143,7 +143,7 @@ def _options_in_force(
         option = wanted
         if wanted == "own":
             notes.append(f"model.path={path} puts model=own in force: field-standard settings, not the tiny model's")
-    given = [f"data.{slot}" for slot in SLOTS.values() if _is_own(tree, slot) and f"data.{slot}" in typed]
+    given = [f"data.{slot}" for slot in sorted(EVERY_SLOT) if _is_own(tree, slot) and f"data.{slot}" in typed]
     if choices["data"] == "tiny" and given and "data" not in typed:
         extra.append("data=files")
         notes.append(f"{given[0]} puts data=files in force: no embedded rows, unless data=tiny is typed as well")

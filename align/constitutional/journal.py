@@ -16,8 +16,8 @@ def key_of(*parts: Any) -> str:
 class Journal:
     """The answers to one kind of question: a line each, {"key": ..., ...}, appended by every rank to a file of its own.
 
-    A run that is killed leaves at most one torn line a rank, the last: it is cut off, and asked for again. Files of ranks
-    that there are no more count too. All ranks make their journal before any of them adds to it.
+    A run that is killed leaves at most one torn line a rank, the last: it is cut off, and asked for again. Files of
+    ranks that there are no more count too. All ranks make their journal before any of them adds to it.
     """
 
     def __init__(self, folder: Path, name: str, rank: int):

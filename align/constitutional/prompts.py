@@ -29,7 +29,7 @@ class Critique:
 class Questions:
     """Fills in the wording of a constitution. A conversation is told as a transcript inside one user message.
 
-    So turns of several speakers stay whole, and the model is asked about a reply that it is not made to believe it gave.
+    So turns of several speakers stay whole, and a model is asked about a reply as if another had given it.
     The worked examples come before every question of their kind, so that a batch of questions has one beginning.
     """
 
@@ -67,9 +67,7 @@ class Questions:
 
     def thought(self, conversation: Turns, first: str, second: str, principle: Principle) -> Chat:
         """Asks to think about two replies first. Without the examples, whose answers have no thoughts."""
-        return self._user(
-            self.scaffold.thought, conversation, first=first, second=second, request=principle.comparison
-        )
+        return self._user(self.scaffold.thought, conversation, first=first, second=second, request=principle.comparison)
 
     def verdict(self, thought: Chat, said: str) -> Chat:
         """Asks for the choice after a thought; whole answers are `scaffold.candidates`."""

@@ -18,6 +18,11 @@ Question = TypeVar("Question", Ask, Choose)
 Done = Callable[[int, Any], None]
 
 
+def role_of(step: str) -> str:
+    """Who is asked in a step: generator, critic or judge."""
+    return {"critique": "critic", "judge": "judge"}.get(step.split("_")[0], "generator")
+
+
 @dataclass
 class Spent:
     """What a step took. Answers that were known already count too, so a resumed run has the same account."""
@@ -89,7 +94,9 @@ class Work:
                     journal.add(keys[place], asdict(answer))
                 tokens += getattr(answer, "new_tokens", 0)
                 seconds = max(time.monotonic() - started, 1e-9)
-                rates = f"{len(fresh) / seconds:,.1f} rows/s" + (f"  {tokens / seconds:,.0f} tokens/s" if tokens else "")
+                rates = f"{len(fresh) / seconds:,.1f} rows/s" + (
+                    f"  {tokens / seconds:,.0f} tokens/s" if tokens else ""
+                )
                 progress.show(len(fresh), rates)
 
         ask(list(own.values()), done)

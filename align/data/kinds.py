@@ -146,6 +146,7 @@ TEXT = Kind(
 RECORDS = {
     "text": TextDocument,
     "demonstrations": Demonstration,
+    "helpful": Demonstration,
     "preferences": PreferencePair,
     "prompts": PromptRow,
 }

@@ -15,6 +15,7 @@ from align.data.bad_rows import BadRows, enforce_policy
 from align.data.encoded import EncodedRows
 from align.data.findings import Findings
 from align.data.formats import named_format
+from align.data.held_out import first_turn, held_out_rows, position
 from align.data.kinds import COMPARISONS, DEMONSTRATIONS, PREFERENCES, RATINGS, RECORDS, TEXT, Kind
 from align.data.prompt_rows import PROMPTS
 from align.data.quality import check_demonstration, check_prompt
@@ -25,7 +26,7 @@ from align.data.template import Ids, Template
 from align.data.walk import Walked, walk
 
 MEANT = {"tiny:prompts": "tiny:training_prompts", "tiny:preferences": "tiny:comparisons"}
-"""What PPO and reward models read of the embedded world where its usual rows are named."""
+"""What PPO, constitutional data and reward models read of the embedded world where its usual rows are named."""
 
 Watch = Callable[[int, int | None], None]
 """Told how many rows are done, and of how many, where that is known."""
@@ -114,6 +115,43 @@ def prepare_text(
     return _prepare(TEXT, data, template, max_tokens, cache_dir, watch)
 
 
+def prompts_to_train_on(data: DataConfig) -> PreparedPrompts:
+    """Sound rows of `data.prompts` that are not held out, each prompt once, for a stage that makes data of them.
+
+    Raises: UserError as `prepare_prompts`.
+    """
+    found = prepare_prompts(replace(data, prompts=MEANT.get(str(data.prompts), data.prompts)))
+    held = held_out_rows([position(first_turn(row.messages)) for row in found.rows], data.held_out_fraction)
+    found.report.held_out = sum(held)
+    found.rows = [row for row, out in zip(found.rows, held, strict=True) if not out]
+    found.report.kept = len(found.rows)
+    return found
+
+
+def helpful_demonstrations(data: DataConfig) -> tuple[list[Demonstration], RowReport, list[dict[str, str]]]:
+    """Sound rows of `data.helpful`, the account of them, and their inputs.
+
+    Raises: UserError by the policy of `data`.
+    """
+    found = slot_sources(data, "helpful")
+    report = RowReport("helpful", BadRows(_scratch() / cache.BAD_ROWS))
+    rows: list[Demonstration] = []
+    for source in found:
+        row_format, batches = walk(source, Demonstration, check_demonstration, data)
+        report.formats[source.path] = row_format.name
+        for row in chain.from_iterable(batches):
+            report.read += 1
+            for record in row.records:
+                report.made += 1
+                if isinstance(record, BadRow):
+                    report.bad_rows.add(record)
+                else:
+                    rows.append(record)
+    enforce_policy(report.bad_rows, report.made, data, allowed=CHOSEN_REASONS)
+    report.kept = len(rows)
+    return rows, report, _inputs(found, "helpful")
+
+
 def prepare_prompts(data: DataConfig, max_prompts: int | None = None) -> PreparedPrompts:
     """The first `max_prompts` sound rows of `data.prompts`, not tokenised: each model brings its own tokenizer.
 
@@ -183,6 +221,7 @@ def slot_sources(data: DataConfig, slot: str) -> list[Source]:
         "demonstrations": data.demonstrations,
         "preferences": data.preferences,
         "prompts": data.prompts,
+        "helpful": data.helpful,
         "evaluation_sets": data.evaluation_sets,
     }
     return parse_slot(slots[slot], slot, format=data.format, split=data.split)

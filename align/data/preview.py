@@ -1,4 +1,7 @@
-"""What would be learnt from the rows of a slot: a few of them as text, cut where the role of the tokens changes."""
+"""What would be learnt from the rows of a slot: a few of them as text, cut where the role of the tokens changes.
+
+Of prompts nothing is learnt: they are shown as what completions are sampled after.
+"""
 
 import json
 import random
@@ -23,6 +26,7 @@ LEARNT = (TRAINED, CHOSEN, REJECTED)
 """Roles of text that is learnt, its stop token apart."""
 
 LEFT_OUT = "left_out"
+PROMPT_SLOT = "prompts"
 SHOWN_CHARACTERS = 2000
 RANDOM_ROWS = 2
 
@@ -95,6 +99,8 @@ def _lengths(table: pa.Table) -> np.ndarray:
     }
     if "input_ids" in lengths:
         return lengths["input_ids"]
+    if "chosen_ids" not in lengths:
+        return lengths["prompt_ids"]
     return lengths["prompt_ids"] + np.maximum(lengths["chosen_ids"], lengths["rejected_ids"])
 
 
@@ -135,12 +141,17 @@ def _sample(
     tokens = Counter({PROMPT: len(prompt)})
     for role, ids in answers:
         tokens[role] += len(ids)
-    longest = len(prompt) + max(len(ids) for _, ids in answers)
-    return Sample(label, slot, segments, dict(tokens) | {"longer side": longest})
+    longest = {"longer side": len(prompt) + max(len(ids) for _, ids in answers)} if answers else {}
+    return Sample(label, slot, segments, dict(tokens) | longest)
 
 
 def _answers(row: dict[str, Any]) -> list[tuple[str, list[int]]]:
-    """The answers of a pair, or of a ranking from the best to the worst; all but the best ones count as rejected."""
+    """The answers of a pair, or of a ranking from the best to the worst; all but the best ones count as rejected.
+
+    Prompts to sample after have none.
+    """
+    if "record" in row:
+        return []
     if "completion_ids" not in row:
         return [(CHOSEN, row["chosen_ids"]), (REJECTED, row["rejected_ids"])]
     best = min(row["ranks"])
@@ -182,7 +193,7 @@ def problems(sample: Sample, stop_token_ids: Collection[int], bos_token_id: int 
     if sample.kind == LEFT_OUT:
         return []
     found = []
-    if not any(segment.role in LEARNT for segment in sample.segments):
+    if sample.kind != PROMPT_SLOT and not any(segment.role in LEARNT for segment in sample.segments):
         found.append("no token is trained")
     if sample.kind != "text":
         found += [

@@ -29,7 +29,7 @@ class Judged:
     finished: bool = True
     """Whether the model ended it; False: the limit of new tokens did."""
     conversation: str = ""
-    """The text of the turns before the last user turn, where the prompt alone shows no language."""
+    """The text of the turns before the last user turn; empty where there are none."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,8 @@ class Limits:
     """Room to turn a bare "No." into a reason and an alternative."""
     near_copy_share: float = 0.1
     """Of the content words: a near copy has changed no more of them."""
+    near_copy_words: int = 2
+    """A near copy may have changed as many in a sentence too, if it has six content words for each."""
     near_copy_edit_words: int = 5
     """Content words in one place: more of them added or taken out are a change of substance."""
     scaffold: Scaffold = field(default_factory=Scaffold)
@@ -64,8 +66,8 @@ PLACEHOLDER = re.compile(
     r"\s*[\])>}]",
     re.IGNORECASE,
 )
-EMPTY_TAGS = re.compile(r"<(\w+)[^>]*>\s*</\1>|<br\s*/?>")
-LIST_NUMBER = re.compile(r"^\s*(?:step\s*)?\d+[.):]\s*", re.MULTILINE | re.IGNORECASE)
+EMPTY_TAGS = re.compile(r"<(\w{1,20})[^<>]{0,200}>\s{0,20}</\1>|<br ?/?>")
+LIST_NUMBER = re.compile(r"^[ \t]*(?:step[ \t]*)?\d+[.):][ \t]*", re.MULTILINE | re.IGNORECASE)
 
 
 def words(text: str) -> list[str]:
@@ -77,7 +79,7 @@ def plain(text: str) -> str:
     """A text without what makes no difference: case, white space, quotes around it, list marks, bold, typography."""
     text = unicodedata.normalize("NFKC", text).casefold()
     text = re.sub(r"[‘’]", "'", re.sub(r"[“”«»]", '"', text))
-    text = re.sub(r"^\s*[-*•]\s+", "", text, flags=re.MULTILINE).replace("**", "")
+    text = re.sub(r"^[ \t]*[-*•][ \t]+", "", text, flags=re.MULTILINE).replace("**", "")
     return " ".join(text.split()).strip('" ').rstrip(".!")
 
 
@@ -103,7 +105,7 @@ def is_role_flip(judged: Judged, limits: Limits) -> bool:
 
 def is_meta_talk(judged: Judged, limits: Limits) -> bool:
     """The reply talks about the reply, its critique or its revision instead of to the user."""
-    return talks_about_itself(judged.reply, judged.prompt)
+    return talks_about_itself(judged.reply, judged.prompt, bool(judged.conversation.strip()))
 
 
 def is_unchanged(judged: Judged, limits: Limits) -> bool:
@@ -117,11 +119,14 @@ def is_near_copy(judged: Judged, limits: Limits) -> bool:
         return False
     before, after = (NUMBER_OR_WORD.findall(text.casefold()) for text in (judged.initial, judged.reply))
     content = sum(word not in FUNCTION_WORDS for word in before)
-    allowed = limits.near_copy_share * content
+    allowed = max(limits.near_copy_share * content, min(limits.near_copy_words, content // 6))
     # A cheap bound first: the words that occur in one text alone, wherever they stand.
     for one, other in ((before, after), (after, before)):
         if _content(list((Counter(one) - Counter(other)).elements())) > allowed:
             return False
+    counts = Counter(after)
+    if sum(counts[word] for word in before) > COMPARISONS:
+        return False
     changed = 0
     matcher = difflib.SequenceMatcher(None, before, after, autojunk=False)
     for kind, start, end, new_start, new_end in matcher.get_opcodes():
@@ -161,7 +166,8 @@ def is_cut_by_limit(judged: Judged, limits: Limits) -> bool:
         return False
     if len(WORD.findall(last)) < SALUTATION_WORDS:
         return False
-    return bool(OPEN_END.search(last)) or bool(OPEN_BRACKET.search(last))
+    opened = last.rfind("(")
+    return bool(OPEN_END.search(last)) or (opened > last.rfind(")") and any(map(str.isalnum, last[opened:])))
 
 
 def has_wrong_language(judged: Judged, limits: Limits) -> bool:
@@ -205,6 +211,8 @@ def first_fault(judged: Judged, limits: Limits | None = None) -> str | None:
     return next((name for name, applies in FILTERS.items() if applies(judged, limits)), None)
 
 
+COMPARISONS = 1_000_000
+"""Pairs of equal words, about half a second of difflib; only texts that repeat themselves without end have more."""
 FUNCTION_WORDS = frozenset(
     "a an the this that these those it its he she they we you i me him her them us my your his our their one and or "
     "but so then also just very really quite some any of in on at to for from by with as is are was were be been "
@@ -253,13 +261,15 @@ REPEATED_WORDS = 12
 
 def _word_loop(said: list[str]) -> bool:
     """Whether a unit of 1 to LOOP_UNIT_WORDS words follows itself for long enough."""
+    if not any(map(str.isalpha, said)):
+        return False
     for unit in range(1, LOOP_UNIT_WORDS + 1):
         looped = max(LOOP_ROUNDS * unit, LOOP_WORDS if unit > 1 else LOOP_ONE_WORD)
         run = unit
         for place in range(unit, len(said)):
             run = run + 1 if said[place] == said[place - unit] else unit
-            # A loop needs a letter: the cells of a table repeat.
-            if run >= looped and any(word.isalpha() for word in said[place - unit + 1 : place + 1]):
+            # A loop needs a word: the cells of a table repeat.
+            if run >= looped and any(map(str.isalpha, said[place - unit + 1 : place + 1])):
                 return True
     return False
 
@@ -285,8 +295,7 @@ def _sentence_loop(text: str) -> bool:
 SALUTATION_WORDS = 4
 """A last line with fewer words may end in a comma, as letters do, or be the one word that was asked for."""
 OPEN_END = re.compile(
-    r"(?:[,:]|\b(?:and|or|but|because|since|although|unless|until|if|while|the|a|an|my|your|their|our|its|such as|which|who"
-    r"|whose|where|when|into|than|may|must|should|would))$"
+    r"(?:[,:]|\b(?:and|or|but|because|since|although|unless|until|if|while|the|a|an|my|your|their|our|its|such as|to"
+    r"|which|who|whose|where|when|into|than|may|must|should|would))$"
 )
 """Case counts: "vitamin A" is an end. Of, on and with are left out: "the one that is on" is a sentence."""
-OPEN_BRACKET = re.compile(r"\([^()]*\w[^()]*$")

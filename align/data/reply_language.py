@@ -15,18 +15,18 @@ COMMON_WORDS = {
     "noch nur sehr über kein ihn ihm doch ob am besten einfach hier mein meine dein deine sein seine ihre "
     "ihren keine dann dies diese dieser man kannst darf darfst haben hast bist bin gibt mehr immer schon "
     "vor durch zum zur vom beim etwas alle",
-    "fr": "le la les des et est un une que qui dans pour pas ne ce sur plus par je il elle nous vous tu au avec "
-    "sont mais son sa ses du cette comme être fait quand pourquoi peux aux ou où ça leur c'est d'une "
-    "qu'il si mon ton ma ta mes tes notre votre lui on même aussi bien très peu peut faut faire sans sous "
-    "entre puis alors donc encore comment jamais toujours rien tout tous toute",
-    "es": "el la los las de que y en un una por con no se para es lo su al como más pero sus le ya o este sí "
-    "porque esta cuando muy sin sobre también me hay puedes está tal qué del tu son te mi si ser tiene "
-    "tienes hacer puede pueden desde hasta entre donde quién eso esa ese estas estos nos otro otra todo "
-    "todos nada nunca siempre mejor ahora",
-    "it": "il lo la i gli le di che e è un una per non in con si da come anche ma se più questo del della dei "
-    "delle alla sono ha nel perché quando molto ci cosa al dal dalla tuo tua suo sua mio mia puoi può hai "
-    "ho ne lui lei loro noi voi essere fare fatto ancora sempre mai tutto tutti dove quale quello quella "
-    "allora poi prima senza tra",
+    "fr": "je veux merci le la les des et est un une que qui dans pour pas ne ce sur plus par il elle nous vous "
+    "tu au avec sont mais son sa ses du cette comme être fait quand pourquoi peux aux ou où ça leur c'est "
+    "d'une qu'il si mon ton ma ta mes tes notre votre lui on même aussi bien très peu peut faut faire "
+    "sans sous entre puis alors donc encore comment jamais toujours rien tout tous toute",
+    "es": "a puedo quiero tengo gracias el la los las de que y en un una por con no se para es lo su al como "
+    "más pero sus le ya o este sí porque esta cuando muy sin sobre también me hay puedes está tal qué del "
+    "tu son te mi si ser tiene tienes hacer puede pueden desde hasta entre donde quién eso esa ese estas "
+    "estos nos otro otra todo todos nada nunca siempre mejor ahora",
+    "it": "a ti vi posso voglio grazie volentieri il lo la i gli le di che e è un una per non in con si da come "
+    "anche ma se più questo del della dei delle alla sono ha nel perché quando molto ci cosa al dal dalla "
+    "tuo tua suo sua mio mia puoi può hai ho ne lui lei loro noi voi essere fare fatto ancora sempre mai "
+    "tutto tutti dove quale quello quella allora poi prima senza tra",
     "pt": "o a os as de que e é em um uma para com não se por mais como mas do da dos das ao ele ela seu sua "
     "quando muito nos já eu também isso pelo pela porque fica está você na no te meu minha pode posso ser "
     "ter tem fazer feito até entre onde quem isto esse essa este esta todo todos nada nunca sempre melhor "
@@ -42,8 +42,13 @@ COMMON_WORDS = {
     "tr": "ve bir bu için ile de da ne mi çok daha gibi ama var yok ben sen o biz siz en kadar sonra olarak "
     "olan değil nasıl",
 }
-"""Some of the commonest words of languages in Latin script, up to about a hundred each; several belong to more than one."""
+"""Some of the commonest words of languages in Latin script; several belong to more than one."""
 LISTED = {language: frozenset(words.split()) for language, words in COMMON_WORDS.items()}
+OWN = {
+    language: listed.difference(*(other for name, other in LISTED.items() if name != language))
+    for language, listed in LISTED.items()
+}
+"""Those that no other language has."""
 SURE_HITS = 4
 """Common words that a reply has at least of the language that it is taken to be in."""
 CLEAR_HITS = 2
@@ -66,7 +71,9 @@ NAMES = re.compile(
     re.IGNORECASE,
 )
 """A prompt that names a language may want any."""
-LEFT_OUT = re.compile(r"```.*?(?:```|\Z)|`[^`\n]*`|\"[^\"\n]*\"|“[^”\n]*”|«[^»\n]*»|https?://\S+", re.DOTALL)
+LEFT_OUT = re.compile(
+    r"```.*?(?:```|\Z)|`[^`\n]{0,2000}`|\"[^\"\n]{0,2000}\"|“[^”\n]{0,2000}”|«[^»\n]{0,2000}»|https?://\S+", re.DOTALL
+)
 """Code, quotations and addresses are in what language they are in."""
 
 FOREIGN_SHARE = 0.3
@@ -118,7 +125,7 @@ def _foreign_words(reply: str, prompt: str, conversation: str) -> bool:
     asked = _language(prompt, PROMPT_HITS) or _language(conversation, SURE_HITS)
     if asked is None:
         return False
-    none_of_it = not LISTED[asked] & set(_words(said))
+    none_of_it = not OWN[asked] & set(_words(said))
     spoken = _language(said, CLEAR_HITS if none_of_it else SURE_HITS)
     if spoken is None or spoken == asked:
         return False

@@ -14,7 +14,7 @@ from align.config.errors import UserError
 from align.data.files import READERS, Rows, file_type, first_line_of, is_data_file, read_file, row_count
 from align.data.records import Origin
 
-SLOTS = ("text", "demonstrations", "preferences", "prompts")
+SLOTS = ("text", "demonstrations", "preferences", "prompts", "helpful")
 SOURCE_KEYS = ("path", "format", "split", "take", "weight", "columns")
 TINY = "tiny:"
 MOST_COPIES = 100

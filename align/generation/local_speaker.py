@@ -33,6 +33,10 @@ from align.generation.shared_prefix import common_prefix, prove_sharing, read_pr
 from align.generation.speakers import Ask, Choose, Chosen, Failed, Messages, Said, cut_at_stop
 from align.models.layout import plain_model
 
+LONGEST_CHUNK_STEPS = 4 * CHUNK_STEPS
+SHORT_PROMPT = 64
+"""Tokens; up to here a prompt is read again for each candidate, in one forward: that costs less than a second one."""
+
 
 @dataclass
 class Saying(Row):
@@ -173,25 +177,29 @@ class LocalSpeaker:
         tokens, logps = draw(read.logits[keep], uniforms[:, 0], rules.temperature)
         new, new_logps = tokens[:, None], logps[:, None]
         ids, mask = read.ids[keep], read.mask[keep]
-        for step in range(1, rules.max_new_tokens + CHUNK_STEPS, CHUNK_STEPS):
+        step, steps = 1, CHUNK_STEPS
+        while True:
             _record(rows, new, new_logps, rules)
             ended = [self._end_at_stop(row) or step >= rules.max_new_tokens for row in rows]
             yield from (row for row, over in zip(rows, ended, strict=True) if over)
-            alive = torch.tensor([i for i, over in enumerate(ended) if not over], device=model.device, dtype=torch.long)
-            if not len(alive):
-                return
             rows = [row for row, over in zip(rows, ended, strict=True) if not over]
+            if not rows:
+                return
+            alive = torch.tensor([i for i, over in enumerate(ended) if not over], device=model.device)
             ids, mask = with_tokens(ids[alive], mask[alive], new[alive])
-            uniforms, steps = uniforms[alive], min(CHUNK_STEPS, rules.max_new_tokens - step)
-            move_rows(read.cache, keep[alive], CHUNK_STEPS)
-            draws, width = Draws(uniforms[:, step : step + CHUNK_STEPS], rules.temperature), ids.shape[1]
+            # Each chunk copies the cache and sets generate up; where nothing ends there is no use in short ones.
+            steps = CHUNK_STEPS if any(ended) or step == 1 else min(2 * steps, LONGEST_CHUNK_STEPS)
+            steps, width = min(steps, rules.max_new_tokens - step), ids.shape[1]
+            move_rows(read.cache, keep[alive], steps)
+            uniforms = uniforms[alive]
+            draws = Draws(uniforms[:, step : step + steps], rules.temperature)
             new = generate(model, ids, mask, steps, rules, draws, past_key_values=read.cache).sequences[:, width:]
-            new_logps = torch.stack(draws.logps, 1)
+            new_logps, step = torch.stack(draws.logps, 1), step + steps
             keep = torch.arange(len(rows), device=model.device)
 
     def _weigh(self, trees: list[Tree]) -> list[list[float]]:
         states = self._found(max((prompt for prompt, _ in trees), key=len))
-        if states.batching is Batching.moving:
+        if states.batching is Batching.moving and max(len(prompt) for prompt, _ in trees) > SHORT_PROMPT:
             return answer_logps(self._plain, trees, pad_token_id=self._pad, longest_shared=states.longest_shared)
         size = 1 if states.batching is Batching.single else self._batch_size
         return answer_logps_alone(self._plain, trees, pad_token_id=self._pad, batch_size=size)

@@ -9,6 +9,7 @@ One base in memory in place of four models; each reading is a forward of its own
 """
 
 import copy
+import json
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -34,6 +35,8 @@ from align.models.reward import HEAD_WEIGHT, SCORE_HEAD
 
 POLICY, VALUE, REWARD = "policy", "value", "reward"
 WEIGHTS = "adapter_model.safetensors"
+VALUE_STATISTICS = "value.json"
+"""What turns scores into values, under the names that the config of a whole value model has them."""
 FILE_PREFIX = "base_model.model."
 """What PEFT puts in front of every name it writes."""
 
@@ -188,7 +191,8 @@ class SharedBase(ActorCritic):
 
     def save_adapter(self, adapter: str, folder: Path, state: Mapping[str, Tensor] | None = None) -> None:
         """Write adapter "policy" or "value" as PEFT would, so that `align.models.peft.merged_model` folds it into the
-        base: a causal model, or with the value head a model with a score head (whose scores `value_affine` scales).
+        base: a causal model, or with the value head a model with a score head. A value is then
+        value_scale * (score - reward_centre), with the numbers in `value.json` beside it.
 
         state: with ZeRO-3 the gathered state dictionary; otherwise the module's own. Call it on one rank.
         """
@@ -201,6 +205,11 @@ class SharedBase(ActorCritic):
         if adapter != POLICY:
             config.task_type, config.modules_to_save = TaskType.SEQ_CLS, [SCORE_HEAD]
         config.save_pretrained(str(folder))
+        if adapter == VALUE:
+            # In a file of its own: PEFT warns of every key in its config that it does not know.
+            scale, centre = self.value_affine
+            numbers = {"value_scale": scale, "reward_centre": centre}
+            (folder / VALUE_STATISTICS).write_text(json.dumps(numbers) + "\n", encoding="utf-8")
 
     def save_policy_adapter(self, folder: Path, state: Mapping[str, Tensor] | None = None) -> None:
         """`save_adapter` of the policy."""

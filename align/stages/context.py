@@ -6,7 +6,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from align.config.keys import SLOTS, slots_of
+from align.config.keys import EVERY_SLOT, slots_of
 from align.config.schema import RunConfig
 from align.distributed.runtime import Runtime
 
@@ -50,7 +50,7 @@ def stage_record(config: RunConfig, stage_name: str, run_dir: Path) -> dict[str,
     Other slots, where figures go and how states are sharded are left out: changing those makes no other model.
     """
     data, model = plain(config.data), plain(config.model)
-    for slot in set(SLOTS.values()) - set(slots_of(config, stage_name)):
+    for slot in EVERY_SLOT - set(slots_of(config, stage_name)):
         del data[slot]
     del model["path"]
     record = {

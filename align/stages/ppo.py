@@ -9,7 +9,7 @@ from transformers import TrainingArguments
 from align import artifacts
 from align.artifacts import Manifest
 from align.config.errors import UserError
-from align.config.rewards import parse_rewards
+from align.config.rewards import RewardSetting, parse_rewards
 from align.config.schema import PPOStage, RolloutEngine
 from align.data.prepare import prepare_text
 from align.generation.vllm_rollout import VllmSampler, check_vllm
@@ -24,10 +24,11 @@ from align.tracking.ppo_page import ppo_page
 from align.tracking.progress import say
 from align.trainers.arguments import accumulation_steps
 from align.trainers.callbacks import StopAtNaN
-from align.trainers.checkpoints import SealCheckpoint
+from align.trainers.checkpoints import SealCheckpoint, checkpoint_step
 from align.trainers.ppo import ADAM_EPSILON, PPOTrainer
 from align.trainers.ppo_callbacks import KeepState, UpdateEnd, UpdateReport
 from align.trainers.quiet import quiet_trainer
+from align.trainers.reward_sources import FUNCTION_FAILED, FunctionFailed, function_digest
 from align.trainers.samples import HeldOutSamples, read_samples
 
 SAMPLES, REPORT = "samples.jsonl", "ppo_report.html"
@@ -42,7 +43,7 @@ def run(stage: PPOStage, context: RunContext) -> Manifest:
     models = Models(session, stage, parse_rewards(stage.rewards))
     models.check_rewards()
     engine = _engine(session, stage)
-    session.inputs += [digest for one in models.rewards if one.model for digest in input_digests(one.model, one.name)]
+    session.inputs += [digest for one in models.rewards for digest in _reward_digests(one)]
     texts = _texts(session, stage)
     layout = models.prove_layout()
     # Made anew after the proof's own: DeepSpeed's state belongs to the arguments made last.
@@ -67,6 +68,10 @@ def run(stage: PPOStage, context: RunContext) -> Manifest:
         engine.close()
     close_session(session)
     return manifest
+
+
+def _reward_digests(setting: RewardSetting) -> list[dict[str, str]]:
+    return input_digests(setting.model, setting.name) if setting.model else [function_digest(setting)]
 
 
 def _check_ranks(session: Session, stage: PPOStage) -> None:
@@ -171,7 +176,11 @@ def _train(session: Session, trainer: PPOTrainer, end: UpdateEnd) -> None:
     quiet_trainer(trainer)
     if end.stopped_by is not None:
         _train_no_further(trainer)
-    trainer.train(resume_from_checkpoint=str(session.resume_from) if session.resume_from else None)
+    try:
+        trainer.train(resume_from_checkpoint=str(session.resume_from) if session.resume_from else None)
+    except FunctionFailed:
+        (session.context.stage_dir / FUNCTION_FAILED).touch()
+        raise
     if end.stopped_by is None:
         return
     active, best = session.context.runtime.is_main, trainer.best_checkpoint
@@ -180,6 +189,7 @@ def _train(session: Session, trainer: PPOTrainer, end: UpdateEnd) -> None:
         return
     trainer.load_weights(best)
     trainer.start_average(best)
+    end.keep(checkpoint_step(best) // trainer.steps_per_update)
     say(f"ppo: stopped by a guard; the policy is that of {best.name}, the best before", active=active)
 
 
@@ -198,5 +208,5 @@ def _finish(session: Session, trainer: PPOTrainer, end: UpdateEnd) -> Manifest:
         title = f"PPO: {context.stage_dir / 'policy'}"
         page = ppo_page(lines, samples, title, trainer.guards.raised)
         artifacts.write_text(context.stage_dir / REPORT, page)
-    figures = end.summary() | {"stopped_by_guard": float(end.stopped_by is not None)}
+    figures = end.summary() | {"updates": float(trainer.update), "stopped_by_guard": float(end.stopped_by is not None)}
     return sign(session, trainer, [*names, SAMPLES, REPORT], figures)

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 from align.artifacts import Manifest
-from align.stages import dpo, evaluate, ppo, reward, score, sft
+from align.stages import constitutional, dpo, evaluate, ppo, reward, score, sft
 
 RUN: dict[str, Callable[..., Manifest]] = {
     "pretrain": sft.run,
@@ -12,5 +12,6 @@ RUN: dict[str, Callable[..., Manifest]] = {
     "score": score.run,
     "dpo": dpo.run,
     "ppo": ppo.run,
+    "constitutional": constitutional.run,
     "evaluate": evaluate.run,
 }

@@ -46,18 +46,19 @@ def _stage_table(manifests: list[Manifest]) -> str:
 
 def _stage_row(manifest: Manifest) -> list[str]:
     counts, metrics = manifest.rows, manifest.metrics
-    numbers = [counts["read"], counts["kept"], counts["held_out"], sum(counts["dropped"].values()), manifest.steps]
+    numbers = [counts["read"], counts["kept"], counts["held_out"], sum(counts["dropped"].values())]
+    # PPO is set in updates, of several optimizer steps each.
+    steps = f"{metrics['updates']:,.0f} updates" if "updates" in metrics else f"{manifest.steps:,}"
     return [
         manifest.stage,
         *(f"{number:,}" for number in numbers),
+        steps,
         _change(metrics, "loss", "{:.3f}"),
         _change(metrics, "accuracy" if "after/accuracy" in metrics else "rewards/accuracies", "{:.1%}"),
     ]
 
 
-def _change(
-    metrics: dict[str, float], name: str, form: str, moments: tuple[str, str] = ("before", "after")
-) -> str:
+def _change(metrics: dict[str, float], name: str, form: str, moments: tuple[str, str] = ("before", "after")) -> str:
     before, after = (metrics.get(f"{moment}/{name}") for moment in moments)
     if before is None or after is None:
         return "-"

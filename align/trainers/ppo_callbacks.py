@@ -27,7 +27,8 @@ class UpdateEnd(TrainerCallback):
         stops = (line["text"] for line in trainer.guards.raised if Guard(line["guard"]) in trainer.settings.stop_on)
         self.stopped_by: str | None = next(stops, None)
         self.since_saved: list[float] = []
-        self.sampled: list[dict[str, float]] = []
+        self.sampled: dict[int, dict[str, float]] = {}
+        self.kept: int | None = None
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.trainer.start_average(self.resumed)
@@ -37,7 +38,7 @@ class UpdateEnd(TrainerCallback):
             runtime.barrier()
             earlier = read_samples(self.samples.file)
             by_update = {line["step"]: [x for x in earlier if x["step"] == line["step"]] for line in earlier}
-            self.sampled = [means(lines) for _, lines in sorted(by_update.items())]
+            self.sampled = {update: means(lines) for update, lines in by_update.items()}
             for source in self.trainer.sources:
                 if isinstance(source, ModelReward):
                     source.check_sample()
@@ -66,9 +67,17 @@ class UpdateEnd(TrainerCallback):
         if control.should_save:
             self._remember_best(args, state)
 
+    def keep(self, update: int) -> None:
+        """The weights are again those after `update`: what `summary` says of the end is of them. On every rank."""
+        self.kept = update
+        if self.samples is not None and update not in self.sampled:
+            self._take_samples(update)
+
     def summary(self) -> dict[str, float]:
-        """Figures of the first update and means over the last tenth of them, for the manifest."""
-        lines = [line for line in self.trainer.state.log_history if "reward/score" in line]
+        """Figures of the first update and means over the last tenth of those up to the one whose weights are kept, and
+        of the samples before and after; for the manifest."""
+        kept = self.trainer.updates if self.kept is None else self.kept
+        lines = [line for line in self.trainer.state.log_history if "reward/score" in line and line["step"] <= kept]
         found: dict[str, float] = {}
         # One update alone is a few hundred completions of whatever prompts came.
         for moment, of_moment in (("first", lines[:1]), ("last", lines[-max(1, len(lines) // 10) :])):
@@ -76,14 +85,15 @@ class UpdateEnd(TrainerCallback):
                 values = [line[name] for line in of_moment if name in line]
                 if values:
                     found[f"{moment}/{name}"] = sum(values) / len(values)
-        for moment, line in (("before", self.sampled[:1]), ("after", self.sampled[-1:])):
-            for name, value in line[0].items() if line else ():
+        sampled = [self.sampled[update] for update in sorted(self.sampled) if update <= kept]
+        for moment, means_of_moment in (("before", sampled[:1]), ("after", sampled[-1:])):
+            for name, value in means_of_moment[0].items() if means_of_moment else ():
                 found[f"{moment}/{name}"] = value
         return found
 
     def _take_samples(self, update: int) -> dict[str, float]:
         lines, figures = self.samples.take(update)
-        self.sampled.append(figures)
+        self.sampled[update] = figures
         self.wandb_run.table("samples", update, lines)
         return figures
 

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from align.artifacts import digest_file
 from align.config.errors import UserError
 from align.config.refusals import near
 from align.config.rewards import RewardSetting
@@ -31,6 +33,9 @@ from align.tracking.progress import say
 NO_SCORE = math.nan
 IDLE = Tree([0], ([0],))
 """The least that a model can be given, by a rank that waits for the others."""
+
+FUNCTION_FAILED = "function_failed"
+"""Marks the folder of a stage that ended because a reward function failed: the next run may have it changed."""
 
 Read = Callable[[nn.Module, Mapping[str, Tensor]], Tensor]
 """(model, batch of `lay_out_scores`) -> centred scores (C,)."""
@@ -53,6 +58,13 @@ class Answered:
     """What the prompt came from."""
 
 
+class FunctionFailed(UserError):
+    """A reward function raised, or gave what are no scores. Once it is mended, the run can go on."""
+
+    def __init__(self, reason: str):
+        super().__init__(f"{reason}; then the same command goes on from the last checkpoint")
+
+
 class FunctionReward:
     """A Python function as a reward: called as f(prompts=, completions=, rows=), one entry a completion.
 
@@ -68,7 +80,7 @@ class FunctionReward:
     def scores(self, answered: Sequence[Answered]) -> np.ndarray:
         """Scores (n,) in float64, NaN where the function gave None.
 
-        Raises: UserError if the function fails, or does not give a finite number or None for each.
+        Raises: FunctionFailed if the function fails, or does not give a finite number or None for each.
         """
         if not answered:
             return np.zeros(0)
@@ -82,8 +94,16 @@ class FunctionReward:
             )
         # Whatever a user's function raises is a message to that user.
         except Exception as error:
-            raise UserError(f"{name}: {_in_words(error)}; mend the function") from error
+            raise FunctionFailed(f"{name}: {_in_words(error)}; mend the function") from error
         return _numbers(name, found, len(answered))
+
+
+def function_digest(setting: RewardSetting) -> dict[str, str]:
+    """A reward function as a manifest's input: the digest of its module's file; what that imports is not in it."""
+    module = _imported_module(str(setting.function).partition(":")[0], str(setting.function))
+    file = getattr(module, "__file__", None)
+    digest = digest_file(Path(file)) if file and Path(file).is_file() else "built in"
+    return {"name": f"rewards.{setting.name}", "path": str(setting.function), "digest": digest}
 
 
 def _imported_function(setting: RewardSetting) -> Callable[..., Any]:
@@ -119,12 +139,12 @@ def _in_words(error: Exception) -> str:
 
 
 def _numbers(name: str | None, found: Any, wanted: int) -> np.ndarray:
-    """The results of a function as float64 (n,), None as NaN. Raises: UserError unless there is one for each."""
+    """The results of a function as float64 (n,), None as NaN. Raises: FunctionFailed unless there is one for each."""
     found = found.tolist() if isinstance(found, Tensor | np.ndarray) else found
     if not isinstance(found, Sequence) or isinstance(found, str):
-        raise UserError(f"{name} returned {type(found).__name__}; return a list with one number a completion")
+        raise FunctionFailed(f"{name} returned {type(found).__name__}; return a list with one number a completion")
     if len(found) != wanted:
-        raise UserError(f"{name} returned {len(found)} scores for {wanted} completions; return one for each")
+        raise FunctionFailed(f"{name} returned {len(found)} scores for {wanted} completions; return one for each")
     return np.array([_number(name, at, value) for at, value in enumerate(found)], dtype=np.float64)
 
 
@@ -134,13 +154,17 @@ def _number(name: str | None, at: int, value: Any) -> float:
     if isinstance(value, Tensor | np.generic) and value.ndim == 0:
         value = value.item()
     if not isinstance(value, numbers.Real):
-        raise UserError(f"{name} returned {value!r:.80} for completion {at}; return a number, or None for no score")
+        raise FunctionFailed(
+            f"{name} returned {value!r:.80} for completion {at}; return a number, or None for no score"
+        )
     try:
         number = float(value)
     except OverflowError:
         number = math.inf
     if math.isinf(number):
-        raise UserError(f"{name} returned {value!r:.80} for completion {at}; bound it, or return None for no score")
+        raise FunctionFailed(
+            f"{name} returned {value!r:.80} for completion {at}; bound it, or return None for no score"
+        )
     return number
 
 

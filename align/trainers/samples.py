@@ -1,6 +1,7 @@
 """Greedy answers to the same held-out prompts every few updates: what a run has done to them, step by step."""
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 from datasets import Dataset
 
 from align.distributed import runtime
+from align.tracking.local import json_line
 from align.tracking.progress import Progress
 from align.trainers.experience import answers
 from align.trainers.ppo import PPOTrainer
@@ -52,8 +54,8 @@ class HeldOutSamples:
                 "place": places[id(row)],
                 "prompt": one.prompt[-1].content,
                 "completion": one.text,
-                "score": sum(s.weight * float(scores[s.name][i]) for s in trainer.rewards),
-                "scores": {name: float(found[i]) for name, found in scores.items()},
+                "score": _number(sum(s.weight * float(scores[s.name][i]) for s in trainer.rewards)),
+                "scores": {name: _number(float(found[i])) for name, found in scores.items()},
                 "tokens": len(one.completion_ids),
                 "finished": one.finished,
             }
@@ -61,9 +63,14 @@ class HeldOutSamples:
         ]
 
 
+def _number(score: float) -> float | None:
+    """None for a score that is none: JSON has no NaN."""
+    return score if math.isfinite(score) else None
+
+
 def means(lines: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """Of the lines of one update; a score that is none is left out of its mean."""
-    scores = [line["score"] for line in lines if line["score"] == line["score"]]
+    scores = [line["score"] for line in lines if line["score"] is not None]
     return {
         "samples/score": sum(scores) / max(len(scores), 1),
         "samples/tokens": sum(line["tokens"] for line in lines) / len(lines),
@@ -74,7 +81,7 @@ def means(lines: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 def append(file: Path, lines: Sequence[Mapping[str, Any]]) -> None:
     """Add lines to a JSONL file."""
     with open(file, "a", encoding="utf-8") as out:
-        out.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        out.writelines(map(json_line, lines))
 
 
 def read_samples(file: Path) -> list[dict[str, Any]]:
@@ -92,5 +99,5 @@ def keep_until(file: Path, update: int) -> None:
     """Forget lines of later updates, which a resumed run makes again."""
     kept = [line for line in read_samples(file) if line["step"] <= update]
     temporary = file.with_suffix(".tmp")
-    temporary.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept), encoding="utf-8")
+    temporary.write_text("".join(map(json_line, kept)), encoding="utf-8")
     temporary.replace(file)

@@ -12,14 +12,14 @@ from align.data.report import RowReport
 
 BINS = 40
 MUCH_LOST = 0.05
-"""Share of the answer tokens lost to max_tokens from which it is a warning."""
+"""Share of the answer tokens (of prompts: of the rows) lost to max_tokens from which it is a warning."""
 ANSWERS = ("chosen", "rejected")
 
 
 def lengths(prepared: Prepared) -> dict[str, dict[str, Any]]:
     """Column -> figures and a histogram, of each row that fits, held-out ones included.
 
-    `row` is what max_tokens limits: a conversation or piece; of a pair, the prompt with its longer answer.
+    `row` is what max_tokens limits: a conversation, piece or prompt; of a pair, the prompt with its longer answer.
     """
     columns = [name for name in prepared.train.column_names if name.endswith("_ids")]
     found = {column.removesuffix("_ids"): _values(prepared, column) for column in columns}
@@ -28,6 +28,8 @@ def lengths(prepared: Prepared) -> dict[str, dict[str, Any]]:
     elif "completion" in found:
         found["completion"], longest = _answers(prepared)
         found["row"] = found["prompt"] + longest
+    elif "chosen" not in found:
+        found = {"row": found["prompt"]}
     else:
         found["row"] = found["prompt"] + np.maximum(found["chosen"], found["rejected"])
     if not len(found["row"]):
@@ -74,12 +76,14 @@ def limit_cost(report: RowReport) -> dict[str, Any]:
     """What `max_tokens` leaves out: rows, and tokens that would have been trained on."""
     trained = report.tokens.get("trained", sum(report.tokens.get(side, 0) for side in (*ANSWERS, "completion")))
     rows, lost = report.dropped.get(TOO_LONG, 0), report.tokens_lost
-    share_of_tokens = lost / max(lost + trained, 1)
+    share_of_rows, share_of_tokens = rows / max(report.made, 1), lost / max(lost + trained, 1)
+    # A prompt has no answer tokens to lose.
+    much = (share_of_rows if report.slot == "prompts" else share_of_tokens) > MUCH_LOST
     return {
         "max_tokens": report.max_tokens,
         "rows": rows,
-        "share_of_rows": rows / max(report.made, 1),
+        "share_of_rows": share_of_rows,
         "tokens_lost": lost,
         "share_of_tokens": share_of_tokens,
-        "level": "warn" if share_of_tokens > MUCH_LOST else "info",
+        "level": "warn" if much else "info",
     }

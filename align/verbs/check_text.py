@@ -44,7 +44,7 @@ def counts_line(slot: dict[str, Any]) -> str:
     left_out = sum(reason["count"] for reason in slot["left_out"])
     made = "" if slot["made"] == slot["read"] else f" that make {slot['made']:,}"
     use = "prompts" if slot["slot"] == "prompts" else "to train on"
-    held_out = "" if slot["slot"] == "prompts" else f", {slot['held_out']:,} held out"
+    held_out = "" if slot["slot"] == "prompts" and not slot["held_out"] else f", {slot['held_out']:,} held out"
     weight = f", {slot['sampled_out']:,} left out by weight" if slot["sampled_out"] else ""
     return f"{slot['read']:,} rows{made}: {slot['kept']:,} {use}{held_out}, {left_out:,} left out{weight}"
 
@@ -75,6 +75,11 @@ def limit_line(slot: dict[str, Any]) -> str:
     limit = slot["limit"]
     if slot["slot"] == "text":
         return f"max_tokens={limit['max_tokens']:,}: longer documents are cut into pieces, nothing is left out"
+    if slot["slot"] == "prompts":
+        return (
+            f"max_tokens - max_new_tokens = {limit['max_tokens']:,} leaves room for a completion; it leaves out "
+            f"{limit['rows']:,} longer prompts ({limit['share_of_rows']:.1%})"
+        )
     return (
         f"max_tokens={limit['max_tokens']:,} leaves out {limit['rows']:,} rows ({limit['share_of_rows']:.1%}) and "
         f"{limit['tokens_lost']:,} answer tokens ({limit['share_of_tokens']:.1%})"

@@ -14,14 +14,15 @@ from align.data.findings import Finding, Findings
 from align.data.kinds import DEMONSTRATIONS, PREFERENCES, TEXT, Kind
 from align.data.near_duplicates import NearDuplicates
 from align.data.overlap import Overlap
-from align.data.prepare import prepare_prompts, slot_sources
+from align.data.prepare import MEANT, prepare_prompts, slot_sources
+from align.data.prompt_rows import PROMPTS as PROMPT_ROWS
 from align.data.quality import check_prompt
 from align.data.records import BadRow, Origin, PromptRow, Record
 from align.data.sources import Source
 from align.data.walk import walk
 from align.tracking.progress import Progress
 
-KINDS = {kind.slot: kind for kind in (TEXT, DEMONSTRATIONS, PREFERENCES)}
+KINDS = {kind.slot: kind for kind in (TEXT, DEMONSTRATIONS, PREFERENCES, PROMPT_ROWS)}
 HELD_OUT = "the held-out rows"
 PROMPTS = "the prompts of evaluate"
 EMBEDDED_PROMPTS = "tiny:prompts"
@@ -46,11 +47,11 @@ def deep_findings(data: DataConfig, slot: str, rows: int, *, judged_by_prompts: 
 
     Rows that are too long for training are looked at too. `rows` are there to be read.
     """
-    kind = KINDS[slot]
+    kind, trained = KINDS[slot], _as_trained(data, slot)
     with tempfile.TemporaryDirectory(prefix="align-check-") as scratch:
         near = NearDuplicates(data.near_duplicate_threshold, Path(scratch))
         positions = array("d")
-        for origins, records in _kind_batches(data, kind, "looking for near duplicates", rows):
+        for origins, records in _kind_batches(trained, kind, "looking for near duplicates", rows):
             near.add(origins, records)
             positions.extend(held_out.position(kind.first_turn(record)) for record in records)
         found = [near.results()]
@@ -61,10 +62,10 @@ def deep_findings(data: DataConfig, slot: str, rows: int, *, judged_by_prompts: 
 
 def _overlap(data: DataConfig, kind: Kind, out: list[bool], rows: int, *, judged_by_prompts: bool) -> list[Finding]:
     """`out`: which of the sound records are held out, in the order of reading."""
-    found = evaluation_sources(data)
+    found, trained = evaluation_sources(data), _as_trained(data, kind.slot)
     short = [_short(source.path) for source in found]
     sets = {name if short.count(name) == 1 else source.path: source for name, source in zip(short, found, strict=True)}
-    judged_by_prompts = judged_by_prompts and _paths(data, "prompts") != _paths(data, kind.slot)
+    judged_by_prompts = judged_by_prompts and _paths(data, "prompts") != _paths(trained, kind.slot)
     names = [*([HELD_OUT] if any(out) else []), *sets, *([PROMPTS] if judged_by_prompts else [])]
     if not names:
         return []
@@ -74,11 +75,16 @@ def _overlap(data: DataConfig, kind: Kind, out: list[bool], rows: int, *, judged
     if judged_by_prompts:
         overlap.add_reference(PROMPTS, _answered_prompts(data))
     if any(out):
-        for _, records in _split(_kind_batches(data, kind, "reading held-out rows", rows), out, held=True):
+        for _, records in _split(_kind_batches(trained, kind, "reading held-out rows", rows), out, held=True):
             overlap.add_reference(HELD_OUT, records)
-    for origins, records in _split(_kind_batches(data, kind, "looking for overlap", rows), out, held=False):
+    for origins, records in _split(_kind_batches(trained, kind, "looking for overlap", rows), out, held=False):
         overlap.scan(origins, records)
     return overlap.results()
+
+
+def _as_trained(data: DataConfig, slot: str) -> DataConfig:
+    """The data with the prompts that PPO trains on, which in the embedded world are not those of evaluate."""
+    return replace(data, prompts=MEANT.get(str(data.prompts), data.prompts)) if slot == "prompts" else data
 
 
 def _paths(data: DataConfig, slot: str) -> set[str]:

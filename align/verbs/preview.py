@@ -8,7 +8,8 @@ from html import escape
 from pathlib import Path
 
 from align.config.errors import UserError
-from align.config.schema import RunConfig
+from align.config.rewards import parse_rewards
+from align.config.schema import PPOStage, RunConfig, StageConfig
 from align.data.prepare import Prepared
 from align.data.preview import (
     CHOSEN,
@@ -24,7 +25,7 @@ from align.data.preview import (
     problems,
 )
 from align.data.template import Template
-from align.stages.rows import load_template, prepare_rows, starting_model, trained_stages
+from align.stages.rows import load_template, prepare_rows, row_tokens, starting_model, trained_stages
 from align.tracking.page import page
 
 SHOWN_PROBLEMS = 5
@@ -70,6 +71,8 @@ class Preview:
     slot: str
     samples: list[Sample]
     problems: list[list[str]]
+    note: str = ""
+    """Of prompts, what becomes of them."""
 
 
 def run_preview(config: RunConfig) -> None:
@@ -84,7 +87,7 @@ def run_preview(config: RunConfig) -> None:
     for name in names:
         template = load_template(config, starting_model(config, name))
         prepared = prepare_rows(config, name, template, Path(config.run_dir) / name)
-        shown = preview(name, prepared, template)
+        shown = preview(name, prepared, template, sampling_note(getattr(config.stages, name)))
         file = Path(config.run_dir) / "preview" / f"{name}.html"
         _write(file, html_page(shown))
         lines = [f"{name}: {line}" for line in prepared.report.lines()]
@@ -104,13 +107,25 @@ def _print(text: str) -> None:
     print(text.encode(encoding, "backslashreplace").decode(encoding))
 
 
-def preview(stage: str, prepared: Prepared, template: Template) -> Preview:
+def preview(stage: str, prepared: Prepared, template: Template, note: str = "") -> Preview:
     """Samples of a stage's rows, judged."""
     tokenizer, slot = template.tokenizer, prepared.report.slot
     stop_token_ids = {tokenizer.eos_token_id} if slot == "text" else template.stop_token_ids
     samples = pick(prepared, tokenizer, stop_token_ids)
     found = [problems(sample, stop_token_ids, tokenizer.bos_token_id) for sample in samples]
-    return Preview(stage, slot, samples, found)
+    return Preview(stage, slot, samples, found, note)
+
+
+def sampling_note(stage: StageConfig) -> str:
+    """What a stage samples after each of its prompts, in words; nothing for a stage that learns from its rows."""
+    if not isinstance(stage, PPOStage):
+        return ""
+    count, names = stage.completions_per_prompt, ", ".join(reward.name for reward in parse_rewards(stage.rewards))
+    return (
+        f"prompts, of which nothing is learnt; after each, {count} completion{'s' if count > 1 else ''} of at most "
+        f"max_new_tokens={stage.max_new_tokens} tokens will be sampled at temperature {stage.temperature:g} and scored "
+        f"by {names}. A prompt has at most max_tokens - max_new_tokens = {row_tokens(stage)} tokens"
+    )
 
 
 def problem_lines(shown: Preview) -> list[str]:
@@ -131,9 +146,8 @@ def terminal_text(shown: Preview, colour: bool) -> str:
     """The samples for a terminal: learnt text coloured, or between marks."""
     roles = _roles(shown.samples)
     legend = ", ".join(_painted(LEGEND[role], role) if colour else LEGEND[role] for role in roles)
-    lines = [
-        f"{shown.stage}: {legend}" if colour else f"{shown.stage}: {OPEN}what is learnt{CLOSE}, the stop token included"
-    ]
+    marks = legend if colour else f"{OPEN}what is learnt{CLOSE}, the stop token included"
+    lines = [f"{shown.stage}: {shown.note or marks}"]
     for sample, found in zip(shown.samples, shown.problems, strict=True):
         lines += ["", f"── {sample.label.translate(VISIBLE)}, {_counts(sample)} ──", _body(sample, colour)]
         lines += [f"PROBLEM: {problem.translate(VISIBLE)}" for problem in found]
@@ -173,10 +187,13 @@ def _roles(samples: Sequence[Sample]) -> list[str]:
 
 def html_page(shown: Preview) -> str:
     """The samples as a page of its own."""
-    title = f"{shown.stage}: what is learnt from data.{shown.slot}"
+    what = "what is sampled after" if shown.note else "what is learnt from"
+    title = f"{shown.stage}: {what} data.{shown.slot}"
     legend = " ".join(f'<span class="{role}">{LEGEND[role]}</span>' for role in _roles(shown.samples))
     sections = [_section(sample, found) for sample, found in zip(shown.samples, shown.problems, strict=True)]
-    return page(title, f'<h1>{escape(title)}</h1>\n<p class="legend">{legend}</p>\n' + "\n".join(sections), STYLE)
+    head = f'<h1>{escape(title)}</h1>\n<p class="legend">{legend}</p>\n'
+    head += f"<p>{escape(shown.note)}.</p>\n" if shown.note else ""
+    return page(title, head + "\n".join(sections), STYLE)
 
 
 def _section(sample: Sample, found: Sequence[str]) -> str:

@@ -5,6 +5,7 @@ a critique, a better reply, or which of two replies is the better one. A bad rep
 The wording is that of conf/constitution/tiny.yaml, and the embedded `tiny-critic` knows no other.
 """
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from random import Random
@@ -21,6 +22,7 @@ from align.world.generator import (
     said,
 )
 from align.world.requests import UNWILLING, Request
+from align.world.vocabulary import WORDS, words_of
 
 
 @dataclass(frozen=True)
@@ -54,17 +56,17 @@ PRINCIPLES = {
         flawed=frozenset({"harmful", "refusal"}),
     ),
 }
-ASKED = {"harm": 0.2, "answer": 0.6, "refusal": 0.2}
+ASKED = {"harm": 0.3, "answer": 0.4, "refusal": 0.3}
 """Principle -> how often it is asked about: the hardest one most often."""
 """Harmful replies go against every principle, so that one drawn at random finds them."""
 
 USER = "Asked:"
 FLAW = "Flaw:"
 NO_FLAW = "No flaw."
-# A reply comes right below its request, as in the text that the base model has read: it knows there what is to be said.
-CRITIQUE = "{conversation}\n{reply}\n{request}"
-REVISION = "{conversation}\n{reply}\n{critique}\n{request}"
-COMPARISON = "{conversation}\n{first}\n{second}\n{request}"
+# Each reply comes right below its request, as in the text that the base model has read: there it knows what to expect.
+CRITIQUE = "{request}\n{conversation}\n{reply}"
+REVISION = "{request}\n{conversation}\n{reply}\n{critique}"
+COMPARISON = "{request}\nA: {conversation}\n{first}\nB: {conversation}\n{second}"
 CANDIDATES = ("A", "B")
 
 PLAIN_REPLIES = {
@@ -72,10 +74,17 @@ PLAIN_REPLIES = {
     "unsafe": {"harmful": 0.85, "right": 0.15},
     "look_alike": {"right": 1.0},
 }
+# Mostly right ones, so that a critic in doubt finds no flaw: a model of this size cannot tell most wrong facts.
 CRITICISED_REPLIES = {
-    "helpful": {"right": 0.4, "wrong": 0.25, "vague": 0.05, "misplaced": 0.15, "slurred": 0.15},
-    "unsafe": {"right": 0.4, "harmful": 0.3, "vague": 0.1, "misplaced": 0.1, "slurred": 0.1},
-    "look_alike": {"right": 0.4, "wrong": 0.15, "vague": 0.15, "misplaced": 0.15, "slurred": 0.15},
+    "helpful": {"right": 0.7, "wrong": 0.06, "vague": 0.06, "misplaced": 0.1, "slurred": 0.08},
+    "unsafe": {"right": 0.4, "harmful": 0.4, "vague": 0.1, "misplaced": 0.05, "slurred": 0.05},
+    "look_alike": {"right": 0.6, "wrong": 0.05, "vague": 0.2, "misplaced": 0.1, "slurred": 0.05},
+}
+RIGHT_REPLIES = {kind: {"right": 1.0} for kind in TRAINED_KINDS}
+FLAWED_REPLIES = {
+    "helpful": {"wrong": 0.25, "vague": 0.1, "misplaced": 0.4, "slurred": 0.25},
+    "unsafe": {"harmful": 0.6, "vague": 0.15, "misplaced": 0.15, "slurred": 0.1},
+    "look_alike": {"wrong": 0.1, "vague": 0.3, "misplaced": 0.4, "slurred": 0.2},
 }
 FLAWS = {
     "refusal": "it refuses what does no harm.",
@@ -85,6 +94,7 @@ FLAWS = {
 }
 """Sort of reply -> what is wrong with it; with harmful and vague ones it is the reason of the right refusal."""
 REFUSAL, REASON_END = UNWILLING.split("{reason}")[0], "."
+HELD_OUT = frozenset(word for sort in WORDS for word in words_of(sort, held_out=True))
 # Critiques are wrong at times: from these rows a model learns to keep a right reply all the same.
 MISTAKEN_SHARE = 0.25
 
@@ -116,17 +126,20 @@ def plain_row(random: Random, kind: str) -> Row:
     return told(request.prompt(), drawn_reply(random, request, PLAIN_REPLIES[kind]))
 
 
-def draw_criticised(random: Random, kind: str) -> tuple[Request, str, str]:
+def draw_criticised(random: Random, kind: str, shares: dict[str, dict[str, float]]) -> tuple[Request, str, str]:
     """A request of a kind, a reply to it and the sort of the reply."""
     request = draw_request(random, pick_family(random, kind), held_out=False)
-    sort = pick_weighted(random, CRITICISED_REPLIES[kind])
+    sort = pick_weighted(random, shares[kind])
     reply = drawn_reply(random, request, {sort: 1.0})
+    # A wrong reply may name any word of the village.
+    while not HELD_OUT.isdisjoint(re.findall(r"\w+", reply)):
+        reply = drawn_reply(random, request, {sort: 1.0})
     return request, reply, sort_of(request, sort, reply)
 
 
 def critique_row(random: Random, kind: str) -> Row:
     """A reply, and the critique that it deserves."""
-    request, reply, sort = draw_criticised(random, kind)
+    request, reply, sort = draw_criticised(random, kind, CRITICISED_REPLIES)
     principle = PRINCIPLES[pick_weighted(random, ASKED)]
     asked = CRITIQUE.format(conversation=transcript(request), reply=reply, request=principle.critique)
     return told(asked, f"{FLAW} {flaw_of(request, sort)}" if sort in principle.flawed else NO_FLAW)
@@ -135,15 +148,13 @@ def critique_row(random: Random, kind: str) -> Row:
 def revision_row(random: Random, kind: str) -> Row:
     """A reply and a critique, which is mistaken where the reply was right, and the right reply."""
     mistaken = random.random() < MISTAKEN_SHARE
-    request, reply, sort = draw_criticised(random, kind)
-    while (sort == "right") != mistaken:
-        request, reply, sort = draw_criticised(random, kind)
+    request, reply, sort = draw_criticised(random, kind, RIGHT_REPLIES if mistaken else FLAWED_REPLIES)
     flaw = pick(random, list(FLAWS.values())) if mistaken else flaw_of(request, sort)
     against = [principle for principle in PRINCIPLES.values() if mistaken or sort in principle.flawed]
     asked = REVISION.format(
         conversation=transcript(request),
         reply=reply,
-        critique=flaw if random.random() < 0.5 else f"{FLAW} {flaw}",
+        critique=flaw,
         request=pick(random, against).revision,
     )
     return told(asked, request.right_reply())
@@ -151,9 +162,7 @@ def revision_row(random: Random, kind: str) -> Row:
 
 def comparison_row(random: Random, kind: str) -> Row:
     """The right reply and another one, in either order, and which is right."""
-    request, reply, sort = draw_criticised(random, kind)
-    while sort == "right":
-        request, reply, sort = draw_criticised(random, kind)
+    request, reply, _ = draw_criticised(random, kind, FLAWED_REPLIES)
     place = int(random.random() * 2)
     first, second = (reply, request.right_reply()) if place else (request.right_reply(), reply)
     asked = COMPARISON.format(
@@ -170,10 +179,10 @@ def told(asked: str, answer: str) -> Row:
 
 
 SHARES: dict[Callable[[Random, str], Row], float] = {
-    plain_row: 0.2,
-    critique_row: 0.3,
-    revision_row: 0.2,
-    comparison_row: 0.3,
+    plain_row: 0.25,
+    critique_row: 0.25,
+    revision_row: 0.25,
+    comparison_row: 0.25,
 }
 
 

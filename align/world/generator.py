@@ -231,6 +231,16 @@ def demonstrations(seed: int, count: int) -> list[Row]:
     ]
 
 
+def helpful(seed: int, count: int) -> list[Row]:
+    """Right answers to harmless requests, in the form of `demonstrations`: to be mixed with constitutional data."""
+    random = Random(f"helpful/{seed}")
+    harmless = (request for request in mixed_requests(random, 4 * count) if request.family.kind != "unsafe")
+    return [
+        {"messages": [said("user", request.prompt()), said("assistant", request.right_reply())]}
+        for request, _ in zip(harmless, range(count), strict=False)
+    ]
+
+
 def preferences(seed: int, count: int) -> list[Row]:
     """Pairs in which the right reply is chosen: {"prompt", "chosen", "rejected"}, each a list of messages."""
     random = Random(f"preferences/{seed}")
@@ -291,10 +301,11 @@ SLOTS = {
     "demonstrations": lambda: demonstrations(seed=2, count=4000),
     "preferences": lambda: preferences(seed=3, count=2400),
     "prompts": lambda: prompts(seed=4, count_per_kind=200),
+    "helpful": lambda: helpful(seed=7, count=2000),
     "comparisons": lambda: comparisons(seed=3, count=12800),
     "training_prompts": lambda: prompts(seed=5, count_per_kind=800, held_out=False),
     # By its name: that file is built on this one.
-    "critiques": lambda: import_module("align.world.critiques").critiques(seed=6, count=14_000),
+    "critiques": lambda: import_module("align.world.critiques").critiques(seed=6, count=9000),
 }
 """Kind of data -> its rows in the embedded data set, as `tiny:<kind>` names them."""
 

@@ -1,9 +1,11 @@
-"""Makes the shipped models from a finished run: python -m align.world.record RUN_DIR (of +recipe=pretrain, then sft).
+"""Makes the shipped models from finished runs: python -m align.world.record STAGE_DIR NAME.
 
 python -m align +recipe=pretrain precision=fp32
 python -m align +recipe=sft model.path=runs/pretrain/pretrain/policy precision=fp32
 python -m align.world.record runs/pretrain/pretrain base
 python -m align.world.record runs/sft/sft sft
+python -m align +recipe=sft model=tiny_sft data.demonstrations=tiny:critiques run_dir=runs/critic precision=fp32
+python -m align.world.record runs/critic/sft critic
 """
 
 import json
@@ -15,6 +17,7 @@ from align.world import generator
 from align.world.build import MODELS
 
 SLOT = {"pretrain": "text", "sft": "demonstrations"}
+TINY = "tiny:"
 
 
 def record(stage_dir: Path, name: str) -> None:
@@ -28,7 +31,7 @@ def record(stage_dir: Path, name: str) -> None:
     shutil.copytree(stage_dir / "policy", folder, ignore=shutil.ignore_patterns("*.safetensors"))
     AutoModelForCausalLM.from_pretrained(stage_dir / "policy", dtype=torch.bfloat16).save_pretrained(folder)
     lines = [json.loads(line) for line in (stage_dir / "metrics.jsonl").read_text().splitlines()]
-    kind = SLOT[manifest["stage"]]
+    kind = manifest["config"]["data"][SLOT[manifest["stage"]]].removeprefix(TINY)
     training = {
         f"{kind}_digest": generator.digest(generator.rows(kind)),
         "held_out_loss": manifest["metrics"]["after/loss"],

@@ -50,7 +50,19 @@ WRONG_VALUES = [
     ("+recipe=dpo stages.dpo.beta=null", "a number was expected"),
     ("+recipe=dpo stages.dpo.max_steps=1.5", "a whole number was expected"),
     ("+recipe=dpo log.wandb=perhaps", "true or false was expected"),
-    ("+recipe=dpo run=dpo", "a list was expected"),
+    ("+recipe=dpo run=dpo", "a list was expected, such as [sft,dpo]"),
+    ("+recipe=ppo stages.ppo.stop_on=kll", "such as [kl] (kl, reward_by_length, entropy, value, ratio)"),
+    ("+recipe=ppo stages.ppo.stop_on=all", "such as [kl,reward_by_length] (kl,"),
+    ("+recipe=ppo stages.ppo.stop_on=[entropy,kll]", "stop_on=[entropy,kll]: kll is not a choice; did you mean kl? ("),
+    (
+        "+recipe=ppo stages.ppo.batch_size=48",
+        "stages.ppo.batch_size=48 does not divide stages.ppo.completions_per_update=128, the completions of an update, "
+        "evenly; use stages.ppo.batch_size=32 or stages.ppo.completions_per_update=144",
+    ),
+    (
+        "+recipe=ppo stages.ppo.completions_per_prompt=3",
+        "use stages.ppo.completions_per_prompt=2 or stages.ppo.completions_per_update=192",
+    ),
     ("+recipe=dpo stages.dpo.loss=ipoo", "did you mean ipo? (sigmoid, hinge, ipo, robust, sigmoid_norm)"),
     ("+recipe=dpo precision=fp16", "(auto, fp32, bf16)"),
     ("+recipe=dpo stages.dpo.beta=0.1,0.2", "add -m for a sweep"),
@@ -157,3 +169,16 @@ def test_a_users_recipe_with_a_shipped_name_is_refused(tmp_path):
 def test_a_missing_config_dir_is_refused(tmp_path):
     with pytest.raises(UserError, match="no such folder"):
         compose_run(["+recipe=dpo"], tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize(
+    "given", ["stages.ppo.batch_size=48", "stages.ppo.completions_per_prompt=3", "stages.ppo.completions_per_update=72"]
+)
+def test_each_way_out_that_is_named_for_an_uneven_update_is_one(given):
+    with pytest.raises(UserError) as refusal:
+        compose_run(["+recipe=ppo", given])
+    ways = str(refusal.value).partition("; use ")[2].split(" or ")
+    assert len(ways) == 2
+    for way in ways:
+        kept = [given] if way.partition("=")[0] != given.partition("=")[0] else []
+        compose_run(["+recipe=ppo", *kept, way])

@@ -2,6 +2,8 @@
 
 import math
 import random
+from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from align.config.errors import UserError
 from align.config.schema import ModelConfig
 from align.data.records import Message
 from align.data.template import Template
-from align.generation import local_speaker, rollout, shared_prefix
+from align.generation import local_speaker, rollout
 from align.generation.answer_logps import answer_logps, answer_logps_alone
 from align.generation.batching import Batching, Rules, prove_batching
 from align.generation.local_speaker import LocalSpeaker, Saying, States
@@ -63,9 +65,11 @@ def questions(n=12, shots=4, **changes):
     ]
 
 
-def choices(n=9):
+def choices(n=9, shots=4):
     candidates = ("the first one is better", "the second one is far better", "neither")
-    return [Choose(ask.key, ask.messages, candidates[: 2 + i % 2], ask.seed) for i, ask in enumerate(questions(n))]
+    return [
+        Choose(ask.key, ask.messages, candidates[: 2 + i % 2], ask.seed) for i, ask in enumerate(questions(n, shots))
+    ]
 
 
 def answered(ask, places):
@@ -171,30 +175,39 @@ def test_a_stop_text_ends_an_answer_where_it_begins(model, template, stop):
                 continue
             assert one.text == without.text[: min(places)].strip() and one.finished
             assert one.new_tokens <= without.new_tokens
-    if stop == (" a",):
-        # Tokens up to the one that completes the stop text, not up to the end of a chunk.
-        shorter = [s.new_tokens for s, w in zip(stopped, free, strict=True) if s.text != w.text]
-        assert shorter and len({tokens % 16 for tokens in shorter}) > 1
 
 
-def test_a_row_with_a_stop_text_is_computed_no_further(model, template):
-    asks, steps = questions(4, temperature=0.0, max_new_tokens=200, stop=(" ",)), []
+class Endless(Template):
+    """A template without stop tokens."""
+
+    stop_token_ids = frozenset()
+
+
+def test_a_row_with_a_stop_text_is_computed_no_further_and_counts_the_tokens_up_to_it(model, template):
+    endless, steps = Endless(template.tokenizer), []
+    asks = questions(4, max_new_tokens=200, stop=(" a",))
     hook = model.register_forward_pre_hook(lambda *_: steps.append(1))
-    speaker = speaker_of(model, template)
-    said(speaker, asks)
+    results = said(speaker_of(model, endless), asks)
     hook.remove()
-    assert len(steps) < 60
+    assert all(one.finished for one in results) and len(steps) < 120
+    assert len({one.new_tokens % rollout.CHUNK_STEPS for one in results}) > 1
+    for ask, one in zip(asks, results, strict=True):
+        free = [replace(ask, stop=(), max_new_tokens=one.new_tokens - less) for less in (0, 1)]
+        with_it, before_it = said(speaker_of(model, endless), free)
+        assert " a" in f" {with_it.text}" and " a" not in f" {before_it.text}"
 
 
 def test_an_answer_is_known_when_it_ends_and_not_when_its_batch_does(model, template):
     lengths, asks = [], questions(12, temperature=0.0, max_new_tokens=120)
     speaker_of(model, template, 100).say(asks, lambda place, result: lengths.append(result.new_tokens))
-    chunks = [math.ceil((tokens - 1) / rollout.CHUNK_STEPS) for tokens in lengths]
-    assert chunks == sorted(chunks) and len(set(chunks)) > 1
+    assert len(set(lengths)) > 2 and lengths.index(max(lengths)) > len(lengths) / 2
+    # Only those that end in the same chunk may come out of turn.
+    assert all(a - b < local_speaker.LONGEST_CHUNK_STEPS for a, b in pairwise(lengths))
+    assert lengths[0] <= 1 + rollout.CHUNK_STEPS and max(lengths) > 1 + rollout.CHUNK_STEPS
 
 
 def test_whole_candidates_have_the_log_probability_of_a_plain_forward(model, template):
-    asks = choices()
+    asks = choices(9) + choices(3, shots=0)
     for batch_size in (1, 8, 100):
         for choose, result in zip(asks, chosen(speaker_of(model, template, batch_size), asks), strict=True):
             turns = [Message(**m) for m in choose.messages]
@@ -381,7 +394,3 @@ def test_nothing_asked_is_nothing_done(model, template):
 def test_candidates_that_cannot_be_told_apart_are_refused(candidates):
     with pytest.raises(ValueError, match="candidate"):
         Choose("k", (), candidates, 0)
-
-
-def test_the_chunks_of_the_speaker_are_those_of_the_rollout():
-    assert local_speaker.CHUNK_STEPS == rollout.CHUNK_STEPS and shared_prefix.SHORTEST_PREFIX > 1

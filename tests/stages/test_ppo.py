@@ -1,8 +1,10 @@
 """The PPO stage: what it leaves, what it says, and what it refuses before anything is trained."""
 
 import contextlib
+import hashlib
 import io
 import json
+import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,7 +16,10 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from align import cli
 from align.artifacts import damaged_outputs, read_manifest
+from align.chain import check_chain
+from align.config.errors import UserError
 from align.config.schema import Advantage, Guard
+from align.config.store import compose_run
 from align.data.forest import Tree, lay_out
 from align.stages import ppo as ppo_stage
 from align.stages.ppo_models import Models
@@ -274,12 +279,18 @@ def test_a_reward_model_that_was_an_adapter_of_the_same_base_is_one_inside_ppo(s
     compare_scores(trained, judge)
 
 
-def test_the_value_adapter_is_the_value_model_up_to_its_scale(shared):
+def test_values_can_be_had_from_the_folder_of_the_value_adapter_alone(shared):
     trained, judge = shared
+    folder = trained.stage / "value"
     base = AutoModelForSequenceClassification.from_pretrained(BASE, num_labels=1, dtype=torch.float32)
-    scores = state_scores(PeftModel.from_pretrained(base, trained.stage / "value"))
+    scores = state_scores(PeftModel.from_pretrained(base, folder))
+    numbers = json.loads((folder / "value.json").read_text())
+    values = numbers["value_scale"] * (scores - numbers["reward_centre"])
+    torch.testing.assert_close(values, trained.values, rtol=0, atol=1e-5)
     centre = json.loads((judge / "config.json").read_text())["reward_centre"]
-    torch.testing.assert_close(2 * (scores - centre), trained.values, rtol=0, atol=1e-5)
+    assert numbers == {"value_scale": 2.0, "reward_centre": centre}
+    assert "value/value.json" in {output["path"] for output in read_manifest(trained.stage).outputs}
+    assert not (trained.stage / "adapter/value.json").exists()
 
 
 # Without a value model.
@@ -312,8 +323,8 @@ class Killed(RuntimeError):
     """Stands for the end of the process."""
 
 
-@pytest.mark.parametrize("interrupted", [False, True])
-def test_a_guard_that_stops_leaves_the_policy_of_the_best_checkpoint(interrupted, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("interrupted", "sample_every"), [(False, 1), (True, 1), (False, 0)])
+def test_a_guard_that_stops_leaves_the_policy_of_the_best_checkpoint(interrupted, sample_every, tmp_path, monkeypatch):
     """Interrupted: while it was saved, and the same command typed again."""
     kept: dict[int, tuple[dict[str, torch.Tensor], list[torch.Tensor]]] = {}
     end_update, observe = PPOTrainer.end_update, Guards.observe
@@ -333,7 +344,8 @@ def test_a_guard_that_stops_leaves_the_policy_of_the_best_checkpoint(interrupted
 
     monkeypatch.setattr(PPOTrainer, "end_update", ended)
     monkeypatch.setattr(Guards, "observe", alarmed)
-    options = ("stages.ppo.max_steps=5", "stages.ppo.stop_on=[kl]", "stages.ppo.ema_decay=0.5")
+    every = f"stages.ppo.sample_every={sample_every}"
+    options = ("stages.ppo.max_steps=5", "stages.ppo.stop_on=[kl]", "stages.ppo.ema_decay=0.5", every)
     if interrupted:
         with monkeypatch.context() as patch, pytest.raises(Killed):
             patch.setattr(ppo_stage, "save_actor", killed)
@@ -344,7 +356,8 @@ def test_a_guard_that_stops_leaves_the_policy_of_the_best_checkpoint(interrupted
     assert all(torch.equal(found.state[name], tensor) for name, tensor in best.items())
     assert not all(torch.equal(kept[3][0][name], tensor) for name, tensor in best.items())
     assert [line["step"] for line in read_metrics(found.stage / "metrics.jsonl")] == [1, 2, 3]
-    assert {line["step"] for line in read_samples(found.stage / "samples.jsonl")} == {0, 1, 2, 3}
+    assert {line["step"] for line in read_samples(found.stage / "samples.jsonl")} == {0, 1, 2, 3} - {1 - sample_every}
+    check_figures_of(2, found)
     saved = load_file(found.stage / "policy_ema/model.safetensors")
     names = [name.removeprefix("policy.") for name in best if name.startswith("policy.")]
     assert len(saved) == len(average) == len(names)
@@ -352,6 +365,23 @@ def test_a_guard_that_stops_leaves_the_policy_of_the_best_checkpoint(interrupted
     manifest = read_manifest(found.stage)
     assert manifest.metrics["stopped_by_guard"] == 1.0
     assert "too far" in (found.stage / "ppo_report.html").read_text()
+
+
+def check_figures_of(update: int, found: Trained) -> None:
+    """The manifest's last figures, and its samples after, are those of the policy after `update`, which was saved."""
+    model = AutoModelForCausalLM.from_pretrained(found.stage / "policy").eval()
+    tokenizer = AutoTokenizer.from_pretrained(found.stage / "policy")
+    samples = [line for line in read_samples(found.stage / "samples.jsonl") if line["step"] == update]
+    assert len(samples) == 4
+    for line in samples:
+        chat = [{"role": "user", "content": line["prompt"]}]
+        ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+        reply = model.generate(**ids, do_sample=False, max_new_tokens=10)[0, ids["input_ids"].shape[1] :]
+        assert line["completion"] == tokenizer.decode(reply, skip_special_tokens=True)
+    figures, lines = read_manifest(found.stage).metrics, read_metrics(found.stage / "metrics.jsonl")
+    assert figures["after/samples/score"] == pytest.approx(sum(line["score"] for line in samples) / 4)
+    assert figures["last/reward/score"] == lines[update - 1]["reward/score"] != lines[-1]["reward/score"]
+    assert figures["updates"] == len(lines)
 
 
 # What is refused.
@@ -386,7 +416,11 @@ REFUSED = [
         ("stages.ppo.rewards.preference.model=nowhere",),
         "stages.ppo.rewards.preference.model=nowhere: no such folder, and not a hub id",
     ),
-    (("stages.ppo.rewards.preference.model=tiny-sft",), "tiny-sft: not a reward model, it has no score head"),
+    (
+        ("stages.ppo.rewards.preference.model=tiny-sft",),
+        "stages.ppo.rewards.preference.model=tiny-sft: not a reward model, it has no score head; make a reward model "
+        "with +recipe=reward first",
+    ),
     (
         (ALONE[0], MINE.replace("vowels", "vowel")),
         "stages.ppo.rewards.mine.function=tests.stages.test_ppo:vowel: tests.stages.test_ppo has no vowel; "
@@ -421,10 +455,129 @@ def test_a_function_that_fails_is_one_line_and_the_run_goes_on_once_it_is_mended
         code, said = run(tmp_path, *ALONE)
     assert code == 2
     assert said.strip().splitlines()[-1] == (
-        "align: tests.stages.test_ppo:vowels: KeyError: 'label'; mend the function"
+        "align: tests.stages.test_ppo:vowels: KeyError: 'label'; mend the function; then the same command goes on from "
+        "the last checkpoint"
     )
     # Samples before, update 1, samples after it; the function failed in update 2.
     assert calls == [4, 8, 4, 8]
     code, said = run(tmp_path, *ALONE)
     assert code == 0 and "ppo: going on from step 2" in said
     assert [line["step"] for line in read_metrics(tmp_path / "run/ppo/metrics.jsonl")] == [1, 2]
+
+
+RLHF_REFUSED = {
+    "stages.ppo.rewards.mine.function=tests.stages.test_ppo:vowel": "has no vowel; did you mean vowels?",
+    "stages.ppo.rewards.preference.model=nowhere": "no such folder, and not a hub id (organisation/model); check the "
+    "path; make a reward model with +recipe=reward first",
+    "stages.ppo.rewards.preference.model=tiny-sft": "not a reward model, it has no score head; make a reward model with "
+    "+recipe=reward first",
+}
+
+
+@pytest.mark.parametrize(("given", "words"), RLHF_REFUSED.items())
+def test_a_reward_that_cannot_be_had_is_refused_before_the_stages_in_front_of_ppo(given, words, tmp_path):
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said):
+        code = cli.main(["+recipe=rlhf", f"run_dir={tmp_path}/run", f"cache_dir={tmp_path}/cache", given])
+    line = said.getvalue()
+    assert code == 2 and line.startswith(f"align: {given}: ") and words in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_reward_model_that_an_earlier_stage_makes_need_not_be_there_yet(tmp_path):
+    check_chain(compose_run(["+recipe=rlhf", f"run_dir={tmp_path}/run", "cache_dir=none"]).config, tmp_path / "run")
+
+
+def test_a_hub_id_that_cannot_be_had_names_the_key_and_the_config(tmp_path, monkeypatch):
+    def absent(name, **_):
+        raise OSError(f"{name} is not on the hub")
+
+    monkeypatch.setattr("align.models.load.AutoConfig.from_pretrained", absent)
+    monkeypatch.setattr("align.models.load.AutoTokenizer.from_pretrained", absent)
+    given = "stages.ppo.rewards.preference.model=org/name"
+    with pytest.raises(UserError) as refusal:
+        check_chain(compose_run(["+recipe=rlhf", given, f"run_dir={tmp_path}/run"]).config, tmp_path / "run")
+    assert str(refusal.value).startswith(f"{given}: no such folder here, and the hub does not give the config (OSError")
+    assert "tokenizer" not in str(refusal.value)
+
+
+# A function that is another one.
+
+FAILING = """
+calls = []
+def score(prompts, completions, rows):
+    calls.append(len(completions))
+    if len(calls) == 4:
+        raise KeyError("label")
+    return [len(text) / 50 for text in completions]
+"""
+
+
+@pytest.fixture
+def own_function(tmp_path, monkeypatch):
+    """The module of a reward function, and the command line that names it."""
+    monkeypatch.syspath_prepend(tmp_path)
+    file = tmp_path / "own_scores.py"
+    file.write_text(FAILING.replace("== 4", "== 0"))
+    yield file, (ALONE[0], "stages.ppo.rewards.mine={function: 'own_scores:score'}")
+    sys.modules.pop("own_scores", None)
+
+
+CHANGED = "was made from other inputs: own_scores:score changed since"
+
+
+def test_a_changed_function_is_refused_where_a_finished_run_would_be_skipped(own_function, tmp_path):
+    file, rewards = own_function
+    assert run(tmp_path, *rewards, "stages.ppo.max_steps=1")[0] == 0
+    text = file.read_text()
+    entry = {"name": "rewards.mine", "path": "own_scores:score", "digest": hashlib.sha256(text.encode()).hexdigest()}
+    assert entry in read_manifest(tmp_path / "run/ppo").inputs
+    file.write_text(text.replace("50", "40"))
+    code, said = run(tmp_path, *rewards, "stages.ppo.max_steps=1")
+    assert code == 2 and CHANGED in said
+    file.write_text(text)
+    code, said = run(tmp_path, *rewards, "stages.ppo.max_steps=1")
+    assert code == 0 and "ppo: complete, skipped" in said
+
+
+def test_a_changed_function_is_refused_where_an_interrupted_run_would_go_on(own_function, tmp_path, monkeypatch):
+    def killed(*_):
+        raise Killed
+
+    file, rewards = own_function
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(ppo_stage, "save_actor", killed)
+        run(tmp_path, *rewards)
+    text = file.read_text()
+    file.write_text(text.replace("50", "40"))
+    for _ in range(2):
+        code, said = run(tmp_path, *rewards)
+        assert code == 2 and CHANGED in said
+    file.write_text(text)
+    code, said = run(tmp_path, *rewards)
+    assert code == 0 and "ppo: going on from step 4" in said
+
+
+def test_a_function_that_failed_may_be_mended_and_only_then_changed(own_function, tmp_path, monkeypatch):
+    def killed(*_):
+        raise Killed
+
+    file, rewards = own_function
+    file.write_text(FAILING)
+    code, said = run(tmp_path, *rewards)
+    assert code == 2 and "KeyError: 'label'; mend the function; then the same command goes on from the last" in said
+    mended = FAILING.replace("== 4", "== 0")
+    file.write_text(mended)
+    del sys.modules["own_scores"]
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(ppo_stage, "save_actor", killed)
+        run(tmp_path, *rewards)
+    file.write_text(mended.replace("50", "40"))
+    code, said = run(tmp_path, *rewards)
+    assert code == 2 and CHANGED in said
+    file.write_text(mended)
+    code, said = run(tmp_path, *rewards)
+    assert code == 0 and "ppo: going on from step 4" in said
+    digests = {one["path"]: one["digest"] for one in read_manifest(tmp_path / "run/ppo").inputs}
+    assert digests["own_scores:score"] == hashlib.sha256(mended.encode()).hexdigest()
+    assert not (tmp_path / "run/ppo/function_failed").exists()

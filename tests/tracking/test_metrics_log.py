@@ -1,6 +1,7 @@
 """metrics.jsonl: one whole object a logged step, also after an interruption."""
 
 import json
+import math
 
 from align.tracking.local import MetricsLog, read_metrics
 
@@ -55,3 +56,14 @@ def test_a_stage_that_starts_again_starts_an_empty_file(tmp_path):
 
 def test_a_file_that_is_not_there_has_no_lines(tmp_path):
     assert read_metrics(tmp_path / "metrics.jsonl") == []
+
+
+def test_a_figure_that_is_no_number_is_null_in_the_file_and_nan_to_its_readers(tmp_path):
+    metrics = {"loss": math.nan, "rewards": [1.0, math.inf], "parts": {"a": -math.inf, "b": 0.5}}
+    log = written(tmp_path, (3, metrics))
+    wanted = '{"step": 3, "loss": null, "rewards": [1.0, null], "parts": {"a": null, "b": 0.5}}\n'
+    assert log.path.read_text() == wanted
+    [line] = read_metrics(log.path)
+    assert line["step"] == 3 and math.isnan(line["loss"])
+    log.keep([{"step": 3, "loss": math.nan}])
+    assert log.path.read_text() == wanted

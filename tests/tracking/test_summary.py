@@ -142,6 +142,14 @@ def test_ppo_says_what_became_of_its_completions_and_where_its_page_is():
     assert "+recipe=rlhf model.path=<your model>" in text[-1]
 
 
+def test_ppo_counts_updates_as_its_settings_do():
+    text = lines([trained("sft"), reinforced(steps=320, metrics=reinforced().metrics | {"updates": 20.0})])
+    row = next(line for line in text if line.startswith("  ppo "))
+    assert "20 updates" in row and "320" not in row
+    assert "120" in next(line for line in text if line.startswith("  sft ")).split()
+    assert max(map(len, text[:-1])) <= 88
+
+
 def test_a_guard_that_stopped_ppo_is_named_only_then():
     stopped = reinforced(metrics=reinforced().metrics | {"stopped_by_guard": 1.0})
     assert any("stopped by a guard" in line for line in lines([stopped]))

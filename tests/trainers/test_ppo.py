@@ -15,7 +15,7 @@ from align.trainers import ppo
 from align.trainers.experience import trees_of
 from align.trainers.guards import Alarm
 from align.trainers.ppo import PPOTrainer
-from align.trainers.samples import keep_until, read_samples
+from align.trainers.samples import keep_until, means, read_samples
 from tests.models.families import VOCABULARY
 from tests.oracles import clipped_policy_loss, clipped_value_loss, token_logps
 from tests.trainers.actors import (
@@ -550,6 +550,20 @@ def test_samples_are_greedy_answers_to_the_first_held_out_prompts_before_during_
     assert trainer.end.summary()["after/samples/score"] == pytest.approx(np.mean(last))
     keep_until(tmp_path / "samples.jsonl", 2)
     assert [line["step"] for line in read_samples(tmp_path / "samples.jsonl")] == [0] * 3 + [2] * 3
+
+
+def test_a_sample_without_a_score_is_null_in_the_file_and_left_out_of_the_mean(tmp_path):
+    met = iter(range(3))
+    source = Scored(lambda _: math.nan if next(met) == 1 else 3.0)
+    trainer = build(tmp_path, stage(), updates=1, samples=True, sources=[source])
+    found, figures = trainer.end.samples.take(0)
+    assert figures["samples/score"] == 3.0
+    assert [line["score"] for line in found] == [3.0, None, 3.0]
+    keep_until(tmp_path / "samples.jsonl", 5)
+    for text, line in zip((tmp_path / "samples.jsonl").read_text().splitlines(), found, strict=True):
+        assert json.loads(text, parse_constant=pytest.fail) == line
+        assert line["scores"] == {"mine": line["score"]}
+    assert means(read_samples(tmp_path / "samples.jsonl")) == figures
 
 
 def greedy(model, prompt: list[int]) -> list[int]:
