@@ -29,7 +29,7 @@ from align.distributed.runtime import Runtime
 from align.models.load import check_model, context_length, load_config
 from align.models.reward import has_score_head
 from align.stages.context import RunContext, flat, plain, stage_record
-from align.stages.rows import prepare_ahead, starting_model
+from align.stages.rows import maker_of, prepare_ahead, starting_model
 from align.stages.saving import POLICY, REWARD_MODEL
 from align.stages.session import input_digests
 from align.stages.speakers import ROLES
@@ -96,13 +96,25 @@ def check_chain(config: RunConfig, run_dir: Path) -> None:
         if isinstance(stage, StageConfig):
             _check_context_length(config, name, stage)
         for slot in slots_of(config, name):
-            check_slot(config.data, slot)
+            _check_slot(config, name, slot, config.run[:position], run_dir)
     if "reward" in config.run and config.peft.keep_adapter:
         raise UserError(
             "peft.keep_adapter=true: a reward model is saved whole, with its centre; leave keep_adapter out: the "
             "adapter is kept beside it anyway"
         )
     check_wandb(config.log)
+
+
+def _check_slot(config: RunConfig, name: str, slot: str, earlier: list[str], run_dir: Path) -> None:
+    """Prove that a slot's rows are there, or will be made by an earlier stage."""
+    maker = maker_of(config, slot)
+    if maker is None or artifacts.read_manifest(run_dir / maker) is not None:
+        check_slot(config.data, slot)
+    elif maker == name:
+        raise UserError(f"data.{slot} is what stage {name} writes, not what it reads; set data.{slot}=FILE")
+    elif maker not in earlier:
+        value = getattr(config.data, slot)
+        raise UserError(f"data.{slot}={value}: stage {maker} has not run; run it first, or put it before in run=")
 
 
 def _check_context_length(config: RunConfig, name: str, stage: StageConfig) -> None:

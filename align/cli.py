@@ -47,6 +47,10 @@ def run(config: RunConfig) -> None:
         from align.verbs.recipes import show_recipe
 
         print(show_recipe(config), end="")
+    elif config.do is Verb.plan:
+        from align.verbs.plan import run_plan
+
+        run_plan(config)
     elif config.do is Verb.check:
         from align.verbs.check import run_check
 

@@ -10,6 +10,7 @@ GROUPS = ("stage", "model", "data", "peft", "deepspeed", "log")
 
 VERBS = {
     Verb.train: "run the stages of a recipe (the default)",
+    Verb.plan: "what the constitutional stage would ask of its models: calls, tokens, time or price; writes nothing",
     Verb.check: "the data doctor: what is in the rows, what is wrong with them, what the limits cost; trains nothing",
     Verb.preview: "show rendered rows with what is learnt marked; trains nothing",
     Verb.convert: "write the rows of one slot as canonical JSONL to out=FILE",

@@ -32,6 +32,8 @@ class Spent:
     new_tokens: int = 0
     failed: Counter[str] = field(default_factory=Counter)
     """Reason -> questions without an answer."""
+    seconds: float = 0.0
+    """Of this process, for what was not known yet."""
 
 
 @dataclass
@@ -67,11 +69,14 @@ class Work:
         runtime.barrier()
         # The caller's name for a question decides nothing about its answer.
         keys = [key_of(speaker.name, {**asdict(question), "key": ""}) for question in questions]
-        waiting = {key: one for key, one in zip(keys, questions, strict=True) if key not in journal.known}
+        together = _together(speaker, questions)
+        groups = _groups(list(dict(zip(keys, questions, strict=True)).items()), together)
+        waiting = [group for group in groups if any(key not in journal.known for key, _ in group)]
         answers = {key: read(journal.known[key]) for key in keys if key in journal.known}
-        own = dict(list(waiting.items())[self.runtime.rank :: self.runtime.world_size])
+        own = waiting[self.runtime.rank :: self.runtime.world_size]
         if waiting:
-            for part in runtime.gather(self._put(step, journal, own, ask)):
+            calls = own if together else [[one for group in own for one in group]]
+            for part in runtime.gather(self._put(step, journal, calls, ask)):
                 answers |= part
         journal.close()
         found = [answers[key] for key in keys]
@@ -79,27 +84,34 @@ class Work:
         return found
 
     def _put(
-        self, step: str, journal: Journal, own: dict[str, Question], ask: Callable[[Sequence[Question], Done], None]
+        self,
+        step: str,
+        journal: Journal,
+        calls: list[list[tuple[str, Question]]],
+        ask: Callable[[Sequence[Question], Done], None],
     ) -> dict[str, Any]:
         """Ask what is this rank's, and keep each answer at once. A failure is not kept: the next run tries again."""
-        keys, fresh, lock = list(own), {}, Lock()
-        progress = Progress(f"{self.label}: {step}", len(keys), active=self.runtime.is_main and bool(keys))
+        keys, fresh, lock = [key for call in calls for key, _ in call], {}, Lock()
+        progress = Progress(
+            f"{self.label}: {step}", len(keys), active=self.runtime.is_main and bool(keys), passing=True
+        )
         started, tokens = time.monotonic(), 0
+        spent = self.spent.setdefault(step, Spent())
 
-        def done(place: int, answer: Said | Chosen | Failed) -> None:
+        def keep(key: str, answer: Said | Chosen | Failed) -> None:
             nonlocal tokens
             with lock:
-                fresh[keys[place]] = answer
+                fresh[key] = answer
                 if not isinstance(answer, Failed):
-                    journal.add(keys[place], asdict(answer))
+                    journal.add(key, asdict(answer))
                 tokens += getattr(answer, "new_tokens", 0)
                 seconds = max(time.monotonic() - started, 1e-9)
-                rates = f"{len(fresh) / seconds:,.1f} rows/s" + (
-                    f"  {tokens / seconds:,.0f} tokens/s" if tokens else ""
-                )
-                progress.show(len(fresh), rates)
+                rate = f"  {tokens / seconds:,.0f} tokens/s" if tokens else ""
+                progress.show(len(fresh), f"{len(fresh) / seconds:,.1f} rows/s{rate}")
 
-        ask(list(own.values()), done)
+        for call in calls:
+            ask([question for _, question in call], lambda place, answer, call=call: keep(call[place][0], answer))
+        spent.seconds += time.monotonic() - started
         missing = [key for key in keys if key not in fresh]
         assert not missing, f"{step}: the speaker left {len(missing)} questions without an answer"
         return fresh
@@ -113,3 +125,14 @@ class Work:
             else:
                 spent.prompt_tokens += answer.prompt_tokens
                 spent.new_tokens += getattr(answer, "new_tokens", 0)
+
+
+def _together(speaker: Speaker, questions: Sequence[Question]) -> int | None:
+    """How many questions make a group that is asked whole or not at all; None: each is asked for itself."""
+    return speaker.weighed_together if questions and isinstance(questions[0], Choose) else None
+
+
+def _groups(questions: list[tuple[str, Question]], together: int | None) -> list[list[tuple[str, Question]]]:
+    """Neighbours in groups of `together`; without, each question is a group of its own."""
+    size = together or 1
+    return [questions[start : start + size] for start in range(0, len(questions), size)]

@@ -50,8 +50,6 @@ class Limits:
     """Room to turn a bare "No." into a reason and an alternative."""
     near_copy_share: float = 0.1
     """Of the content words: a near copy has changed no more of them."""
-    near_copy_words: int = 2
-    """A near copy may have changed as many in a sentence too, if it has six content words for each."""
     near_copy_edit_words: int = 5
     """Content words in one place: more of them added or taken out are a change of substance."""
     scaffold: Scaffold = field(default_factory=Scaffold)
@@ -118,8 +116,8 @@ def is_near_copy(judged: Judged, limits: Limits) -> bool:
     if not judged.initial.strip():
         return False
     before, after = (NUMBER_OR_WORD.findall(text.casefold()) for text in (judged.initial, judged.reply))
-    content = sum(word not in FUNCTION_WORDS for word in before)
-    allowed = max(limits.near_copy_share * content, min(limits.near_copy_words, content // 6))
+    content = _content(before)
+    allowed = limits.near_copy_share * content
     # A cheap bound first: the words that occur in one text alone, wherever they stand.
     for one, other in ((before, after), (after, before)):
         if _content(list((Counter(one) - Counter(other)).elements())) > allowed:
@@ -219,6 +217,7 @@ FUNCTION_WORDS = frozenset(
     "being am do does did has have had will would can could may might should shall please here there if when while "
     "which who what sure certainly course yet too well again it's i'm you're that's i'll you'll".split()
 )
+PLEASANTRIES = frozenset("good luck hope helps happy glad enjoy welcome help careful".split())
 NEGATIONS = frozenset(
     "no not never none nobody nothing nor neither without cannot yes less more except only unless stop avoid refuse "
     "two three four five six seven eight nine ten eleven twelve twenty hundred thousand million half double".split()
@@ -228,7 +227,7 @@ PREFIXES = ("un", "in", "im", "il", "ir", "non", "dis")
 
 
 def _content(listed: list[str]) -> int:
-    return sum(word not in FUNCTION_WORDS for word in listed)
+    return sum(word not in FUNCTION_WORDS and word not in PLEASANTRIES for word in listed)
 
 
 def _turns_meaning(word: str) -> bool:

@@ -72,7 +72,7 @@ NAMES = re.compile(
 )
 """A prompt that names a language may want any."""
 LEFT_OUT = re.compile(
-    r"```.*?(?:```|\Z)|`[^`\n]{0,2000}`|\"[^\"\n]{0,2000}\"|“[^”\n]{0,2000}”|«[^»\n]{0,2000}»|https?://\S+", re.DOTALL
+    r"```.*?(?:```|\Z)|`[^`\n]{0,300}`|\"[^\"\n]{0,300}\"|“[^”\n]{0,300}”|«[^»\n]{0,300}»|https?://\S+", re.DOTALL
 )
 """Code, quotations and addresses are in what language they are in."""
 

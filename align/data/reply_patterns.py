@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from align.config.constitution import Scaffold
 
 FENCED = re.compile(r"```.*?(?:```|\Z)", re.DOTALL)
-QUOTED = re.compile(r"\"[^\"\n]{0,2000}\"|“[^”\n]{0,2000}”|```.*?(?:```|\Z)", re.DOTALL)
+QUOTED = re.compile(r"\"[^\"\n]{0,300}\"|“[^”\n]{0,300}”|```.*?(?:```|\Z)", re.DOTALL)
 ASKS_FOR_TEXT = re.compile(
     r"\b(?:write|draft|compose|translat\w+|rephrase|reword|repeat|quote|dialogue|script|letter|e-?mail|note|speech|"
     r"prompt|ask|say|compliment|generate|create|template|role-?play|pretend|faq|interview|support call)\b",

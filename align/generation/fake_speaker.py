@@ -16,7 +16,7 @@ class FakeSpeaker:
         *,
         name: str = "fake",
     ):
-        self.name = name
+        self.name, self.weighed_together = name, None
         self._answers, self._logps = answers, logps
         self.asked: list[Ask] = []
         """All that it was asked to say, in the order in which it answered."""

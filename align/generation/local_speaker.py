@@ -55,6 +55,12 @@ class States:
     """See `prove_sharing`."""
 
 
+CANDIDATES_TOGETHER = 16
+"""Candidates in a forward, always: sums in a batch of another size differ in their last digits, and so would p."""
+CHOICES_TOGETHER = 32
+"""Questions whose batches are made together: who wants the same bits again asks all of them again."""
+
+
 class LocalSpeaker:
     """A model and its template. What the questions of a batch start with (system prompt, examples) is read once."""
 
@@ -67,7 +73,7 @@ class LocalSpeaker:
         batch_size: int,
         device: torch.device | str | None = None,
     ):
-        """batch_size: answers that are sampled, or candidates that are weighed, together. device: None leaves the model
+        """batch_size: answers that are sampled together. device: None leaves the model
         where it is. The model may be wrapped by PEFT; it comes back from each call in the mode that it was in.
         """
         assert batch_size > 0
@@ -77,6 +83,7 @@ class LocalSpeaker:
         pad = template.tokenizer.pad_token_id
         self._pad = template.chat.stop_id if pad is None else pad
         self._states: States | None = None
+        self.weighed_together = CHOICES_TOGETHER
 
     def say(self, asks: Sequence[Ask], done: Callable[[int, Said | Failed], None]) -> None:
         """See `Speaker`. An answer is known when it ends, be the others of its batch as long as they are.
@@ -98,7 +105,10 @@ class LocalSpeaker:
                     done(row.place, self._said(row))
 
     def choose(self, chooses: Sequence[Choose], done: Callable[[int, Chosen | Failed], None]) -> None:
-        """See `Speaker`. Raises: UserError if the model's logits are no numbers."""
+        """See `Speaker`; the same questions in one call give the same bits, whatever the batch size.
+
+        Raises: UserError if the model's logits are no numbers.
+        """
         trees: list[tuple[int, Tree]] = []
         for place, encoded in enumerate(self._encoded_trees(chooses)):
             if isinstance(encoded, Failed):
@@ -109,7 +119,7 @@ class LocalSpeaker:
         trees.sort(key=lambda entry: (len(entry[1][1]), len(entry[1][0]), entry[1][0]))
         with torch.no_grad(), _as_sampler(self._plain):
             for candidates, group in groupby(trees, key=lambda entry: len(entry[1][1])):
-                alike, size = list(group), max(1, self._batch_size // candidates)
+                alike, size = list(group), max(1, CANDIDATES_TOGETHER // candidates)
                 for start in range(0, len(alike), size):
                     batch = alike[start : start + size]
                     for (place, tree), logps in zip(batch, self._weigh([t for _, t in batch]), strict=True):
@@ -201,7 +211,7 @@ class LocalSpeaker:
         states = self._found(max((prompt for prompt, _ in trees), key=len))
         if states.batching is Batching.moving and max(len(prompt) for prompt, _ in trees) > SHORT_PROMPT:
             return answer_logps(self._plain, trees, pad_token_id=self._pad, longest_shared=states.longest_shared)
-        size = 1 if states.batching is Batching.single else self._batch_size
+        size = 1 if states.batching is Batching.single else CANDIDATES_TOGETHER
         return answer_logps_alone(self._plain, trees, pad_token_id=self._pad, batch_size=size)
 
     def _end_at_stop(self, row: Saying) -> bool:

@@ -51,7 +51,7 @@ class ServerSpeaker:
         count_tokens: tokens of a text, for `prompt_tokens`. Raises: UserError as `ChatServer` does.
         """
         assert concurrency > 0 and votes >= 0 and retries >= 0 and timeout_seconds > 0
-        self.name = model
+        self.name, self.weighed_together = model, None
         self._server = ChatServer(
             url, key_env=key_env, timeout_seconds=timeout_seconds, retries=retries, backoff_seconds=backoff_seconds
         )

@@ -93,6 +93,8 @@ class Speaker(Protocol):
     """A model that answers chats and weighs candidate answers, wherever it runs."""
 
     name: str
+    weighed_together: int | None
+    """Questions of `choose` that have to be asked together to give the same digits again; None: each stands alone."""
 
     def say(self, asks: Sequence[Ask], done: Callable[[int, Said | Failed], None]) -> None:
         """Answer each. `done` is called once for each place in `asks`, when its answer is known, in any order."""

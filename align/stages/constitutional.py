@@ -1,7 +1,7 @@
 """Constitutional data: a model's replies, criticised, revised and compared by principles, become rows to train on."""
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from align import artifacts
@@ -13,7 +13,7 @@ from align.constitutional import outputs
 from align.constitutional.drawing import seed_of
 from align.constitutional.figures import Made, figures
 from align.constitutional.journal import key_of
-from align.constitutional.judging import Judge
+from align.constitutional.judging import Judge, Pair
 from align.constitutional.pairing import Pairing
 from align.constitutional.prompts import Questions
 from align.constitutional.revising import Revising
@@ -46,6 +46,31 @@ def run(stage: ConstitutionalStage, context: RunContext) -> Manifest:
     _say_start(context, stage, constitution, prompts, rows)
     speakers = load_speakers(stage, context)
     work = Work(context.stage_dir / JOURNAL, context.runtime, context.stage_name)
+    targets, pairs, faults = make(stage, constitution, rows, speakers, work)
+    demonstrations = list(outputs.demonstrations(rows, targets))
+    helpful, inputs = _helpful(stage, context, len(demonstrations))
+    made = Made(rows, targets, pairs, faults, len(helpful), work.spent)
+    numbers = figures(made, _price(stage, work))
+    if context.runtime.is_main:
+        prompts.report.bad_rows.write(context.stage_dir / outputs.LEFT_OUT)
+        _write(context, stage, made, [*demonstrations, *helpful], speakers, numbers, constitution)
+    runtime.barrier()
+    manifest = _manifest(stage, context, prompts, inputs, numbers)
+    _log(manifest, context)
+    return manifest
+
+
+def make(
+    stage: ConstitutionalStage,
+    constitution: Constitution,
+    rows: Sequence[PromptWork],
+    speakers: Mapping[str, Speaker],
+    work: Work,
+) -> tuple[dict[str, list[str]], list[Pair], list[tuple[PromptWork, str, str]]]:
+    """Both phases, step by step: what each prompt has to learn, the judged pairs, and replies compared with nothing.
+
+    What was said of each prompt is kept in `rows`. Call it on every rank with the same rows.
+    """
     questions = Questions(constitution)
     filters = Filters.of(stage, constitution.scaffold)
     judge = Judge(
@@ -61,17 +86,7 @@ def run(stage: ConstitutionalStage, context: RunContext) -> Manifest:
     pairing = Pairing(stage, questions, work, generator=speakers["generator"], judge=judge, filters=filters)
     # A prompt without a target may still have pairs: its first reply was sound.
     pairs = pairing.pairs([row for row in rows if row.fault in (None, outputs.NO_TARGET)])
-    demonstrations = list(outputs.demonstrations(rows, targets))
-    helpful, inputs = _helpful(stage, context, len(demonstrations))
-    made = Made(rows, targets, pairs, pairing.faults, len(helpful), work.spent)
-    numbers = figures(made, _price(stage, work))
-    if context.runtime.is_main:
-        prompts.report.bad_rows.write(context.stage_dir / outputs.LEFT_OUT)
-        _write(context, stage, made, [*demonstrations, *helpful], speakers, numbers, constitution)
-    runtime.barrier()
-    manifest = _manifest(stage, context, prompts, inputs, numbers)
-    _log(manifest, context)
-    return manifest
+    return targets, pairs, pairing.faults
 
 
 def check_stage(stage: ConstitutionalStage, constitution: Constitution) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from align import artifacts
 from align.config.errors import UserError
+from align.config.keys import slots_of
 from align.config.schema import PPOStage, RewardStage, RewardTarget, RunConfig, StageConfig
 from align.data.bad_rows import TooManyBadRows
 from align.data.prepare import (
@@ -80,14 +81,26 @@ def _learns_ratings(stage: StageConfig) -> bool:
     return isinstance(stage, RewardStage) and stage.objective is not RewardTarget.comparison
 
 
+def maker_of(config: RunConfig, slot: str) -> str | None:
+    """The stage that makes the rows of a slot, where the slot reads a file of this run's folder."""
+    value = getattr(config.data, slot)
+    if not isinstance(value, str):
+        return None
+    folder = Path(value).parent
+    return folder.name if folder.parent == Path(config.run_dir) else None
+
+
 def prepare_ahead(config: RunConfig, run_dir: Path) -> None:
     """Tokenise for every trained stage that is not complete, before any process group starts.
 
     Ranks that wait for one that tokenises would else run into the group's timeout. A chain hands its tokenizer on, so
-    that of the model it starts from makes the same rows; should a stage find another, it tokenises for itself.
+    that of the model it starts from makes the same rows; should a stage find another, it tokenises for itself. Rows
+    that an earlier stage of the run is still to make are left to the stage that reads them.
     """
     for name in trained_stages(config):
-        if artifacts.read_manifest(run_dir / name) is None:
+        makers = [maker_of(config, slot) for slot in slots_of(config, name)]
+        waits = any(maker and artifacts.read_manifest(run_dir / maker) is None for maker in makers)
+        if artifacts.read_manifest(run_dir / name) is None and not waits:
             prepare_rows(config, name, load_template(config, starting_model(config, name)), run_dir / name)
 
 

@@ -1,7 +1,8 @@
 """Self-critique in the village, as conversations of one turn: {"messages"}.
 
 The user's turn holds a request, a reply to it and a question about that reply; the assistant's turn is what is learnt:
-a critique, a better reply, or which of two replies is the better one. A bad reply is never an assistant's turn.
+a critique, a better reply, or which of two replies is the better one. The reply in question is never learnt. Rows of
+another sort are plain requests and replies, nearly all willing: what there is to criticise.
 The wording is that of conf/constitution/tiny.yaml, and the embedded `tiny-critic` knows no other.
 """
 
@@ -56,9 +57,9 @@ PRINCIPLES = {
         flawed=frozenset({"harmful", "refusal"}),
     ),
 }
+"""Harmful replies go against every principle, so that one drawn at random finds them."""
 ASKED = {"harm": 0.3, "answer": 0.4, "refusal": 0.3}
 """Principle -> how often it is asked about: the hardest one most often."""
-"""Harmful replies go against every principle, so that one drawn at random finds them."""
 
 USER = "Asked:"
 FLAW = "Flaw:"

@@ -172,7 +172,7 @@ def test_a_missing_config_dir_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "given", ["stages.ppo.batch_size=48", "stages.ppo.completions_per_prompt=3", "stages.ppo.completions_per_update=72"]
+    "given", ["stages.ppo.batch_size=48", "stages.ppo.completions_per_prompt=3", "stages.ppo.completions_per_update=80"]
 )
 def test_each_way_out_that_is_named_for_an_uneven_update_is_one(given):
     with pytest.raises(UserError) as refusal:

@@ -127,6 +127,19 @@ def test_a_value_model_starts_as_the_reward_model(tmp_path):
     torch.testing.assert_close(values, 0.5 * model.scores(batch))
 
 
+@torch.no_grad()
+def test_values_can_be_had_from_the_folder_of_the_value_adapter_alone(tmp_path):
+    model = trained()
+    model.initialise_value(scale=0.5, centre=0.3)
+    model.save_adapter(VALUE, tmp_path / "value")
+    model.save_adapter(POLICY, tmp_path / "policy")
+    numbers = json.loads((tmp_path / "value/value.json").read_text())
+    scores = plain_scores(loaded_scorer("llama", tmp_path / "value"), every_token=True)
+    values = numbers["value_scale"] * (scores - numbers["reward_centre"])
+    torch.testing.assert_close(values, model(batch_of(Layout.padded)).values, rtol=0, atol=1e-5)
+    assert not (tmp_path / "policy/value.json").exists()
+
+
 def test_without_a_reward_adapter_the_value_head_is_drawn_from_the_seed():
     heads = [build(seed=seed).heads["value"].weight for seed in (0, 0, 1)]
     assert torch.equal(heads[0], heads[1]) and not torch.equal(heads[0], heads[2])

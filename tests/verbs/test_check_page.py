@@ -104,7 +104,9 @@ def test_a_refusal_and_a_slot_that_is_not_there_are_said():
 
 
 def test_a_slot_without_lengths_or_findings_still_makes_a_page():
-    bare = slot(slot="prompts", model=None, lengths={}, limit=None, left_out=[], findings=[], bad_rows_file=None)
+    bare = slot(
+        slot="prompts", held_out=0, model=None, lengths={}, limit=None, left_out=[], findings=[], bad_rows_file=None
+    )
     parsed(check_page(report(bare)))
     assert "10 rows: 5 prompts, 0 left out" in check_text(report(bare))
 

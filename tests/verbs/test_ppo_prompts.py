@@ -1,4 +1,4 @@
-"""`do=check` and `do=preview` of the prompts that PPO samples after: shown and judged, though nothing is learnt of them."""
+"""`do=check` and `do=preview` of the prompts that PPO samples after: shown and judged, though none is learnt."""
 
 import json
 import re
@@ -35,7 +35,7 @@ def prompts_file(folder, count=60, *more):
 
 def check(folder, *overrides, recipe="ppo"):
     """The report in JSON, what was printed is left to the caller."""
-    run_check(config(folder, *overrides, recipe=recipe))
+    run_check(config(folder, "do=check", *overrides, recipe=recipe))
     return json.loads((folder / "run/check/data_report.json").read_text())
 
 
@@ -78,7 +78,7 @@ def test_overlap_of_prompts_with_an_evaluation_set_is_found(tmp_path):
 
 
 def test_the_embedded_prompts_of_training_are_compared_with_those_of_evaluate(tmp_path):
-    report = check(tmp_path, "run=[ppo,evaluate]", recipe="rlhf")
+    report = check(tmp_path, "run=[ppo,evaluate]", "stages.ppo.policy=tiny-sft", recipe="rlhf")
     ppo, evaluate = report["slots"]
     assert [list(slot["formats"]) for slot in (ppo, evaluate)] == [["tiny:training_prompts"], ["tiny:prompts"]]
     found = {finding["name"]: finding for finding in ppo["findings"]}
