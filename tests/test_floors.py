@@ -15,6 +15,7 @@ FLOORS = {
     "chain": 6,
     "verbs": 6,
     "stages": 5,
+    "constitutional": 4,
     "trainers": 4,
     "generation": 3,
     "losses": 2,
@@ -31,6 +32,7 @@ ROOMS_OF = {
     "trl": {"trainers"},
     "deepspeed": {"distributed"},
     "wandb": {"tracking"},
+    "vllm": {"generation"},
 }
 FILES = sorted(PACKAGE.rglob("*.py"))
 

@@ -6,8 +6,10 @@ import pytest
 
 from align.config import listing
 from align.config.keys import SLOTS
-from align.config.schema import RunConfig, StageConfig, Verb
+from align.config.schema import ConstitutionalStage, RunConfig, StageConfig, Verb
 from align.config.store import compose_run
+from align.stages.rows import maker_of
+from align.stages.speakers import speaker_configs
 
 RECIPES = sorted(listing.options("recipe"))
 FILES = sorted(listing.conf_dir().rglob("*.yaml")) + sorted((listing.conf_dir() / "recipe").glob("*.yaml"))
@@ -31,8 +33,9 @@ def test_a_recipe_composes_to_a_typed_run_of_its_own_name(recipe):
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_a_recipe_needs_nothing_that_is_not_embedded(recipe):
     config = compose_run([f"+recipe={recipe}"]).config
-    for stage in config.run:
-        assert getattr(config.data, SLOTS[stage]).startswith("tiny:")
+    for place, stage in enumerate(config.run):
+        maker = maker_of(config, SLOTS[stage])
+        assert maker in config.run[:place] if maker else getattr(config.data, SLOTS[stage]).startswith("tiny:")
     assert config.model.path.startswith("tiny-")
 
 
@@ -45,7 +48,10 @@ def test_a_recipe_starts_each_stage_from_a_model_that_exists_by_then(recipe):
         if name == "score":
             assert stage.reward_model == "runs/reward/reward/reward_model", "what +recipe=reward leaves"
             continue
-        needed = {stage.policy} if isinstance(stage, StageConfig) else set(stage.models.values())
+        if isinstance(stage, ConstitutionalStage):
+            needed = {one.model for one in speaker_configs(stage).values()}
+        else:
+            needed = {stage.policy} if isinstance(stage, StageConfig) else set(stage.models.values())
         assert needed and needed <= made
         made.add(f"{config.run_dir}/{name}/policy")
 

@@ -214,7 +214,7 @@ class ModelConfig:
     """Which model the first stage starts from, and how it is loaded."""
 
     path: str = "tiny-base"
-    """A Hugging Face causal model folder or hub id, or an embedded model: tiny-base, tiny-sft, tiny-untrained."""
+    """A Hugging Face causal model folder or hub id, or embedded: tiny-base, tiny-sft, tiny-critic, tiny-untrained."""
     revision: Optional[str] = None
     """Hub revision (branch, tag or commit). Ignored values are refused: only a hub id has one."""
     chat_template: Optional[str] = None

@@ -27,6 +27,7 @@ class Made:
 def figures(made: Made, price: float) -> dict[str, Any]:
     """As JSON types. price: of all answers together, 0 where none was given."""
     rounds = [one for row in made.rows for one in row.rounds]
+    heard = [one for one in rounds if one.criticised]
     learnt = [row for row in made.rows if row.id in made.targets]
     texts = [text for row in learnt for text in made.targets[row.id]]
     return {
@@ -39,9 +40,9 @@ def figures(made: Made, price: float) -> dict[str, Any]:
             "helpful_mixed_in": made.helpful,
         },
         "rounds": {
-            "critiques": len(rounds),
-            "flaws": sum(one.critique.flaw for one in rounds),
-            "without_verdict": sum(not one.critique.marked for one in rounds),
+            "critiques": len(heard),
+            "flaws": sum(one.critique.flaw for one in heard),
+            "without_verdict": sum(not one.critique.marked for one in heard),
             "accepted": sum(one.accepted for one in rounds),
             "left_out": counted(one.fault for one in rounds if one.fault),
         },
@@ -72,7 +73,7 @@ def figures(made: Made, price: float) -> dict[str, Any]:
 def _principles(made: Made) -> dict[str, dict[str, float]]:
     """By principle: how often it was drawn, what its critiques found, what became of its revisions, how it judged."""
     found: dict[str, dict[str, float]] = {}
-    rounds = [one for row in made.rows for one in row.rounds]
+    rounds = [one for row in made.rows for one in row.rounds if one.criticised]
     orders = [order for pair in made.pairs if pair.verdict for order in pair.verdict.orders]
     means = {id(order): pair.verdict.p for pair in made.pairs if pair.verdict for order in pair.verdict.orders}
     names = dict.fromkeys([one.principle.id for one in rounds] + [order.principle for order in orders])

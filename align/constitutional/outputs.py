@@ -62,6 +62,7 @@ def _keep_best(
     for id, texts in targets.items():
         wins = dict.fromkeys(texts, 0.0)
         for pair in pairs[id]:
+            pair.row.asked += pair.asked
             if pair.verdict is not None:
                 wins[pair.first] += pair.verdict.p
                 wins[pair.second] += 1 - pair.verdict.p
@@ -99,11 +100,11 @@ def preferences(pairs: Sequence[Pair]) -> Iterator[dict[str, Any]]:
 
 
 def unpaired(rows: Sequence[PromptWork], targets: dict[str, list[str]]) -> Iterator[dict[str, Any]]:
-    """What may be learnt as desirable; first replies that were revised as undesirable."""
+    """What may be learnt as desirable; first replies that were revised, and not back again, as undesirable."""
     for row in rows:
         for text in targets.get(row.id, ()):
             yield canonical(Unpaired(row.row.messages, Message("assistant", text), True))
-        if row.accepted:
+        if row.accepted and row.initial not in targets.get(row.id, ()):
             yield canonical(Unpaired(row.row.messages, Message("assistant", row.initial), False))
 
 

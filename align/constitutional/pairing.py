@@ -44,17 +44,22 @@ class Pairing:
         if source is PairSource.none:
             return []
         if source is PairSource.revision_vs_initial:
-            made = [
-                Pair(row, row.current, row.initial, "revision_vs_initial", self._principles(row))
-                for row in rows
-                if row.accepted
-            ]
+            made = self._revisions(rows)
         elif source is PairSource.contrast:
             made = self._contrasts(rows)
         else:
             made = self._sampled(rows)
         self.judge.decide("judge", made)
         return self._extremes(made) if source is PairSource.best_worst else made
+
+    def _revisions(self, rows: Sequence[PromptWork]) -> list[Pair]:
+        made = []
+        for row in rows:
+            if row.accepted and row.current == row.initial:
+                self.faults.append((row, "revised_back", "last revision"))
+            elif row.accepted:
+                made.append(Pair(row, row.current, row.initial, "revision_vs_initial", self._principles(row)))
+        return made
 
     def _sampled(self, rows: Sequence[PromptWork]) -> list[Pair]:
         samples = self._samples(rows)
@@ -138,7 +143,13 @@ class Pairing:
         by_row: dict[str, list[Pair]] = {}
         for pair in pairs:
             by_row.setdefault(pair.row.id, []).append(pair)
-        return [_best_and_worst(listed) for listed in by_row.values()]
+        found = [_best_and_worst(listed) for listed in by_row.values()]
+        kept = set(map(id, found))
+        for pair in pairs:
+            if id(pair) not in kept:
+                # The trace lists the questions of pairs that are kept with the pair, all others with the prompt.
+                pair.row.asked += pair.asked
+        return found
 
 
 def _best_and_worst(pairs: Sequence[Pair]) -> Pair:

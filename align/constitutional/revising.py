@@ -101,6 +101,7 @@ class Revising:
         for row, pair in zip(rows, pairs, strict=True):
             now = row.rounds[-1]
             now.verdict = pair.verdict
+            row.asked += pair.asked
             if pair.fault is not None:
                 now.fault = pair.fault
             elif pair.verdict is not None and pair.verdict.p <= BETTER:

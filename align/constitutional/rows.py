@@ -45,6 +45,11 @@ class Round:
     def accepted(self) -> bool:
         return self.revision is not None and self.fault is None
 
+    @property
+    def criticised(self) -> bool:
+        """Whether there was a critique at all."""
+        return self.fault is None or not self.fault.startswith("critique_")
+
 
 @dataclass
 class PromptWork:

@@ -29,8 +29,8 @@ class Order:
 
     @property
     def consistent(self) -> bool:
-        """Whether both orders prefer the same reply."""
-        return (self.as_given > 0.5) == (self.swapped < 0.5)
+        """Whether the orders do not prefer different replies; an even one contradicts nothing."""
+        return (self.as_given - 0.5) * (0.5 - self.swapped) >= 0
 
 
 @dataclass(frozen=True)

@@ -62,7 +62,11 @@ def run(stage: PPOStage, context: RunContext) -> Manifest:
     trainer.restore(session.resume_from)
     end = _add_callbacks(session, trainer)
     _say_sizes(session, stage, trainer)
-    _train(session, trainer, end)
+    try:
+        _train(session, trainer, end)
+    except FunctionFailed:
+        (context.stage_dir / FUNCTION_FAILED).touch()
+        raise
     manifest = _finish(session, trainer, end)
     if engine is not None:
         engine.close()
@@ -176,11 +180,7 @@ def _train(session: Session, trainer: PPOTrainer, end: UpdateEnd) -> None:
     quiet_trainer(trainer)
     if end.stopped_by is not None:
         _train_no_further(trainer)
-    try:
-        trainer.train(resume_from_checkpoint=str(session.resume_from) if session.resume_from else None)
-    except FunctionFailed:
-        (session.context.stage_dir / FUNCTION_FAILED).touch()
-        raise
+    trainer.train(resume_from_checkpoint=str(session.resume_from) if session.resume_from else None)
     if end.stopped_by is None:
         return
     active, best = session.context.runtime.is_main, trainer.best_checkpoint

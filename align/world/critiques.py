@@ -64,10 +64,9 @@ ASKED = {"harm": 0.3, "answer": 0.4, "refusal": 0.3}
 USER = "Asked:"
 FLAW = "Flaw:"
 NO_FLAW = "No flaw."
-# Each reply comes right below its request, as in the text that the base model has read: there it knows what to expect.
-CRITIQUE = "{request}\n{conversation}\n{reply}"
-REVISION = "{request}\n{conversation}\n{reply}\n{critique}"
-COMPARISON = "{request}\nA: {conversation}\n{first}\nB: {conversation}\n{second}"
+CRITIQUE = "{conversation}\nReply: {reply}\n{request}"
+REVISION = "{conversation}\nReply: {reply}\nCritique: {critique}\n{request}"
+COMPARISON = "{conversation}\nA: {first}\nB: {second}\n{request}"
 CANDIDATES = ("A", "B")
 
 PLAIN_REPLIES = {

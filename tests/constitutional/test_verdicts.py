@@ -46,9 +46,13 @@ def test_a_judge_that_always_takes_the_first_slot_knows_nothing():
 
 
 @pytest.mark.parametrize(
-    ("as_given", "swapped", "same"), [(0.9, 0.1, True), (0.2, 0.7, True), (0.9, 0.6, False), (0.1, 0.4, False)]
-)
-def test_orders_agree_where_both_prefer_the_same_reply(as_given, swapped, same):
+    ("as_given", "swapped", "same"),
+    [
+        (0.9, 0.1, True), (0.2, 0.7, True), (0.9, 0.6, False), (0.1, 0.4, False),
+        (0.5, 0.9, True), (0.5, 0.1, True), (0.9, 0.5, True), (0.5, 0.5, True),
+    ],
+)  # fmt: skip
+def test_orders_agree_unless_they_prefer_different_replies(as_given, swapped, same):
     assert Order("kind", as_given, swapped).consistent is same
 
 

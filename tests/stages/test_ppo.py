@@ -356,7 +356,8 @@ def test_a_guard_that_stops_leaves_the_policy_of_the_best_checkpoint(interrupted
     assert all(torch.equal(found.state[name], tensor) for name, tensor in best.items())
     assert not all(torch.equal(kept[3][0][name], tensor) for name, tensor in best.items())
     assert [line["step"] for line in read_metrics(found.stage / "metrics.jsonl")] == [1, 2, 3]
-    assert {line["step"] for line in read_samples(found.stage / "samples.jsonl")} == {0, 1, 2, 3} - {1 - sample_every}
+    steps = {line["step"] for line in read_samples(found.stage / "samples.jsonl")}
+    assert steps == ({0, 1, 2, 3} if sample_every else {0, 2, 3})
     check_figures_of(2, found)
     saved = load_file(found.stage / "policy_ema/model.safetensors")
     names = [name.removeprefix("policy.") for name in best if name.startswith("policy.")]
@@ -539,24 +540,6 @@ def test_a_changed_function_is_refused_where_a_finished_run_would_be_skipped(own
     assert code == 0 and "ppo: complete, skipped" in said
 
 
-def test_a_changed_function_is_refused_where_an_interrupted_run_would_go_on(own_function, tmp_path, monkeypatch):
-    def killed(*_):
-        raise Killed
-
-    file, rewards = own_function
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(ppo_stage, "save_actor", killed)
-        run(tmp_path, *rewards)
-    text = file.read_text()
-    file.write_text(text.replace("50", "40"))
-    for _ in range(2):
-        code, said = run(tmp_path, *rewards)
-        assert code == 2 and CHANGED in said
-    file.write_text(text)
-    code, said = run(tmp_path, *rewards)
-    assert code == 0 and "ppo: going on from step 4" in said
-
-
 def test_a_function_that_failed_may_be_mended_and_only_then_changed(own_function, tmp_path, monkeypatch):
     def killed(*_):
         raise Killed
@@ -572,8 +555,9 @@ def test_a_function_that_failed_may_be_mended_and_only_then_changed(own_function
         patch.setattr(ppo_stage, "save_actor", killed)
         run(tmp_path, *rewards)
     file.write_text(mended.replace("50", "40"))
-    code, said = run(tmp_path, *rewards)
-    assert code == 2 and CHANGED in said
+    for _ in range(2):
+        code, said = run(tmp_path, *rewards)
+        assert code == 2 and CHANGED in said
     file.write_text(mended)
     code, said = run(tmp_path, *rewards)
     assert code == 0 and "ppo: going on from step 4" in said

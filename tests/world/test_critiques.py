@@ -10,7 +10,7 @@ from align.constitutional.prompts import Questions
 from align.models.load import load_tokenizer
 from align.world import critiques
 from align.world.critiques import CANDIDATES, FLAW, NO_FLAW, PRINCIPLES, flaw_of, sort_of
-from align.world.generator import digest, rows
+from align.world.generator import digest
 from align.world.oracle import REFUSAL_OPENING, tells_harm
 from align.world.requests import FAMILIES, Request, vague_refusal
 from align.world.vocabulary import WORDS, words_of
@@ -95,7 +95,7 @@ def test_a_critique_finds_every_harmful_reply_under_every_principle():
 def test_a_critique_is_a_mark_alone_or_a_mark_and_what_is_wrong():
     said = [answer(row) for _, row in rows_that_ask("critique")]
     assert all(text == NO_FLAW or re.fullmatch(rf"{FLAW} [a-z][^.]+\.", text) for text in said)
-    assert 0.3 < sum(text == NO_FLAW for text in said) / len(said) < 0.7
+    assert 0.6 < sum(text == NO_FLAW for text in said) / len(said) < 0.9
 
 
 @pytest.mark.parametrize(
@@ -147,7 +147,3 @@ def test_every_row_fits_what_the_embedded_models_can_read():
     tokenizer = load_tokenizer("tiny-base", ModelConfig(), None)
     lengths = [len(tokenizer(asked(row) + answer(row))["input_ids"]) for row in ROWS]
     assert max(lengths) < LONGEST_TOKENS / 2
-
-
-def test_the_embedded_kind_has_these_rows():
-    assert len(rows("critiques")) >= 10_000
