@@ -37,7 +37,8 @@ class Revising:
         self.generator, self.critic, self.judge, self.filters = generator, critic, judge, filters
 
     def answer(self, rows: Sequence[PromptWork]) -> None:
-        """First replies; a prompt whose reply has a fault is left out."""
+        """First replies to the prompts that are going; one whose reply has a fault is left out."""
+        rows = going(rows)
         asks = [self._ask(row, "initial", row.conversation, self.stage.max_new_tokens) for row in rows]
         for row, said in self._said("initial", "generator", rows, asks):
             if isinstance(said, Failed):

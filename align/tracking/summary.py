@@ -28,6 +28,8 @@ def summary(config: RunConfig, run_dir: Path, manifests: list[Manifest]) -> str:
     if trained:
         parts += [_stage_table(trained), *_dropped_lines(run_dir, trained), ""]
     for manifest in manifests:
+        if manifest.stage == "constitutional":
+            parts += [*_constitutional_lines(manifest), ""]
         if manifest.stage == "ppo":
             parts += [*_ppo_lines(manifest), ""]
         if any(key.startswith("oracle/") for key in manifest.metrics):
@@ -63,6 +65,25 @@ def _change(metrics: dict[str, float], name: str, form: str, moments: tuple[str,
     if before is None or after is None:
         return "-"
     return f"{form.format(before)} -> {form.format(after)}"
+
+
+CONSTITUTIONAL_COLUMNS = (
+    ("learnt", "demonstrations/made", "{:,.0f}"),
+    ("flaws", "rounds/flaws", "{:,.0f}"),
+    ("revised", "rounds/accepted", "{:,.0f}"),
+    ("pairs", "pairs/judged", "{:,.0f}"),
+    ("position gap", "pairs/position_gap", "{:+.2f}"),
+)
+
+
+def _constitutional_lines(manifest: Manifest) -> list[str]:
+    """What was made of the prompts, and how many replies open like a refusal before and after."""
+    figures = manifest.metrics
+    row = [form.format(figures.get(name, 0.0)) for _, name, form in CONSTITUTIONAL_COLUMNS]
+    titles = ["stage", "prompts", *(title for title, _, _ in CONSTITUTIONAL_COLUMNS), "refusals"]
+    refusals = f"{figures.get('refusals/initial', 0.0):.1%} -> {figures.get('refusals/targets', 0.0):.1%}"
+    table = _table(titles, [["constitutional", f"{manifest.rows['kept']:,}", *row, refusals]])
+    return [*table.split("\n"), "  learnt: replies in demonstrations.jsonl; what was left out, and why: bad_rows.jsonl"]
 
 
 PPO_COLUMNS = (
@@ -115,9 +136,11 @@ def _where(config: RunConfig, run_dir: Path, manifests: list[Manifest]) -> list[
     model = run_dir / trained[-1] / ("reward_model" if trained[-1] == "reward" else "policy") if trained else None
     if model:
         places.append(("model", model))
-        places += [("report", run_dir / name / REPORTS[name]) for name in _reports(manifests)]
-        if config.peft.method is not PeftMethod.none:
-            places.append(("adapter", run_dir / trained[-1] / "adapter"))
+    if any(m.stage == "constitutional" for m in manifests):
+        places.append(("data", run_dir / "constitutional"))
+    places += [("report", run_dir / name / REPORTS[name]) for name in _reports(manifests)]
+    if model and config.peft.method is not PeftMethod.none:
+        places.append(("adapter", run_dir / trained[-1] / "adapter"))
     if any(m.stage == "score" for m in manifests):
         places.append(("scores", run_dir / "score" / "scores.jsonl"))
     places += [
@@ -127,19 +150,34 @@ def _where(config: RunConfig, run_dir: Path, manifests: list[Manifest]) -> list[
     ]
     if wandb_mode(config.log) == "offline":
         places.append(("wandb", f"wandb sync {shlex.quote(str(run_dir / 'wandb'))}/offline-run-*"))
-    following = _next_command(config, trained[-1], shlex.quote(str(model))) if trained else None
+    if trained:
+        following = _next_command(config, trained[-1], shlex.quote(str(model)))
+    else:
+        following = _after_data(config, run_dir) if manifests[-1].stage == "constitutional" else None
     if following:
         places.append(("next", following))
     return [f"{name:<8} {place}" for name, place in places]
 
 
-REPORTS = {"reward": "reward_report.html", "ppo": "ppo_report.html"}
+REPORTS = {
+    "constitutional": "constitutional_report.html",
+    "reward": "reward_report.html",
+    "ppo": "ppo_report.html",
+}
 
 
 def _reports(manifests: list[Manifest]) -> list[str]:
     """The stages that left a page; a reward model without held-out pairs has none to show."""
     signed = {m.stage: {output["path"] for output in m.outputs} for m in manifests}
     return [stage for stage, paths in signed.items() if REPORTS.get(stage) in paths]
+
+
+def _after_data(config: RunConfig, run_dir: Path) -> str:
+    folder = run_dir / "constitutional"
+    slots = " ".join(
+        f"data.{slot}={shlex.quote(f'{folder}/{slot}.jsonl')}" for slot in ("demonstrations", "preferences")
+    )
+    return f"python -m align +recipe=sft_dpo model.path={shlex.quote(config.model.path)} {slots}"
 
 
 def _next_command(config: RunConfig, stage: str, model: str) -> str | None:

@@ -301,7 +301,7 @@ SLOTS = {
     "demonstrations": lambda: demonstrations(seed=2, count=4000),
     "preferences": lambda: preferences(seed=3, count=2400),
     "prompts": lambda: prompts(seed=4, count_per_kind=200),
-    "helpful": lambda: helpful(seed=7, count=2000),
+    "helpful": lambda: helpful(seed=7, count=3000),
     "comparisons": lambda: comparisons(seed=3, count=12800),
     "training_prompts": lambda: prompts(seed=5, count_per_kind=800, held_out=False),
     # By its name: that file is built on this one.

@@ -4,8 +4,8 @@ python -m align +recipe=pretrain precision=fp32
 python -m align +recipe=sft model.path=runs/pretrain/pretrain/policy precision=fp32
 python -m align.world.record runs/pretrain/pretrain base
 python -m align.world.record runs/sft/sft sft
-python -m align +recipe=sft model=tiny_sft data=tiny data.demonstrations=tiny:critiques run_dir=runs/critic \\
-  precision=fp32 stages.sft.learning_rate=4e-4
+python -m align +recipe=sft data.demonstrations=tiny:critiques run_dir=runs/critic precision=fp32 \\
+  stages.sft.learning_rate=6e-4
 python -m align.world.record runs/critic/sft critic
 """
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +139,9 @@ class Desk:
         return works
 
 
-def accepted_round(principle: Principle, reply: str, revision: str) -> Round:
-    """A round that ended well."""
-    return Round(principle, reply, Critique("it is wrong", True, True), revision)
+def revised(id: str, *chain: str) -> PromptWork:
+    """A prompt with its first reply, and each revision after it that was accepted."""
+    work = row(id)
+    work.initial, critique = chain[0], Critique("it is wrong", True, True)
+    work.rounds = [Round(principle("kind"), before, critique, after) for before, after in pairwise(chain)]
+    return work

@@ -43,7 +43,7 @@ def made():
         rows=[revised, kept, lost, left],
         targets={"revised": ["a b", "sorry, a b c"], "kept": ["one two three four"]},
         pairs=pairs,
-        faults=[(revised, "sample_repeated", "sample 2"), (kept, "sample_repeated", "sample 3"), (kept, "reply_empty", "")],
+        faults=[(work, "sample_repeated", "sample 2") for work in (revised, kept)] + [(kept, "reply_empty", "")],
         helpful=5,
         spent={"initial": Spent(4, 10, 20, Counter(timeout=1)), "judge": Spent(14, 300)},
     )  # fmt: skip

@@ -14,7 +14,10 @@ from tests.constitutional.whole import contents, run_whole, some_model
 
 HOSTILE = {"text": "größer\u2028 than \ud83d\r\n\x00 \x85 it was"}
 KILLS = 20
-REPLIES, REVISIONS = ["initial"], ["critique_1", "revision_1", "judge_revision_1", "critique_2", "revision_2", "judge_revision_2"]
+REPLIES, REVISIONS = (
+    ["initial"],
+    ["critique_1", "revision_1", "judge_revision_1", "critique_2", "revision_2", "judge_revision_2"],
+)
 SETTINGS = {"pairs": PairSource.all, "samples": 2, "judge_revisions": True}
 
 

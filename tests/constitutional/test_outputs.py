@@ -6,8 +6,8 @@ from collections import Counter
 import pytest
 
 from align.config.schema import DataConfig, PairSource, RevisionTarget, Ties
-from align.constitutional.outputs import append_lines, mixed_in, preferences, unpaired, write_lines
 from align.constitutional.judging import Pair
+from align.constitutional.outputs import append_lines, mixed_in, preferences, unpaired, write_lines
 from align.constitutional.verdicts import Order, Verdict
 from align.data.formats import as_records, find_format
 from align.data.prepare import prepare_comparisons, prepare_demonstrations, prepare_preferences
@@ -15,7 +15,7 @@ from align.data.quality import check_record
 from align.data.records import Demonstration, Message, Unpaired
 from align.data.template import Template
 from align.generation.speakers import Ask
-from tests.constitutional.making import LOST, accepted_round, constitution, principle, row, seen
+from tests.constitutional.making import LOST, constitution, principle, revised, row, seen
 from tests.constitutional.whole import helpful_rows, lines, prompt_rows, run_whole, some_answer, some_choice, some_model
 from tests.data.chat_tokenizers import chatml
 
@@ -122,7 +122,9 @@ def test_every_demonstration_can_be_traced_back_to_the_question_that_made_it(run
         assert answer["step"] == "initial" or answer["step"].startswith("revision_")
         again = Ask("", tuple(json.loads(answer["prompt"])), answer["seed"], 1.0, ROOM)
         assert some_answer(again, seen(again)).strip() == reply["content"]
-        assert answer["model"] == "fake" and answer["finished"] and answer["new_tokens"] == len(reply["content"].split())
+        assert (
+            answer["model"] == "fake" and answer["finished"] and answer["new_tokens"] == len(reply["content"].split())
+        )
 
 
 @every_case
@@ -187,7 +189,9 @@ def test_the_numbers_of_the_report_recount_from_the_files(runs, case):
     assert report["pairs"]["p"] == [round(p, 4) for p in of_pairs]
     certain = sum(line["p"] for line in files["preferences"]) / max(len(files["preferences"]), 1)
     assert report["pairs"]["p_chosen"] == pytest.approx(certain)
-    judged = Counter(one["id"] for t in files["trace"] for p in t["pairs"] if p["verdict"] for one in p["verdict"]["principles"])
+    judged = Counter(
+        one["id"] for t in files["trace"] for p in t["pairs"] if p["verdict"] for one in p["verdict"]["principles"]
+    )
     assert judged == Counter({name: one["judged"] for name, one in report["principles"].items() if one["judged"]})
 
 
@@ -215,13 +219,6 @@ def test_the_likelier_reply_is_chosen_and_p_is_always_written():
 def test_a_pair_without_a_verdict_is_no_preference():
     failed = Pair(row("p"), "one", "two", "all", (), fault="verdict_timeout")
     assert list(preferences([failed])) == []
-
-
-def revised(id, *chain):
-    work = row(id)
-    work.initial = chain[0]
-    work.rounds = [accepted_round(principle("kind"), *two) for two in zip(chain, chain[1:], strict=False)]
-    return work
 
 
 def test_a_revised_first_reply_is_undesirable_and_a_kept_one_desirable():

@@ -9,9 +9,9 @@ from align.constitutional.drawing import seed_of
 from tests.constitutional.making import (
     LOST,
     Desk,
-    accepted_round,
     constitution,
     principle,
+    revised,
     row,
     rows,
     seen,
@@ -127,13 +127,6 @@ def test_best_and_worst_are_not_known_where_a_verdict_failed(tmp_path):
     failed, sound = one.pairing.pairs(rows(2))
     assert (failed.first, failed.second, failed.verdict, failed.fault) == ("b", "c", None, "verdict_timeout")
     assert (sound.first, sound.second, sound.fault) == ("a", "c", None)
-
-
-def revised(id, *chain):
-    work = row(id)
-    work.initial = chain[0]
-    work.rounds = [accepted_round(principle("kind"), *two) for two in zip(chain, chain[1:], strict=False)]
-    return work
 
 
 def test_the_newest_revision_is_compared_with_the_first_reply(tmp_path):

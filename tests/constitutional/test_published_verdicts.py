@@ -45,7 +45,7 @@ def verdicts(folder, judge):
 
 
 def percent(text):
-    """"93 / 100 = 93.0%" or "95.5%" as a share."""
+    """A share that is written as `93 / 100 = 93.0%`, or as `95.5%`."""
     return float(text.split("=")[-1].rstrip("%")) / 100
 
 

@@ -18,6 +18,7 @@ from tests.constitutional.making import (
     stage,
 )
 
+
 def numbered(question):
     """bad0 -> bad1 -> bad2 ..."""
     return f"bad{int(question.reply[3:]) + 1}"

@@ -157,3 +157,20 @@ def test_a_step_says_who_is_asked(step, role):
 
 def test_a_failure_has_no_tokens():
     assert not hasattr(Failed("timeout", ""), "new_tokens")
+
+
+def test_choices_that_a_model_weighs_together_are_asked_together_or_not_at_all(tmp_path):
+    def some(count):
+        model = speaker()
+        model.weighed_together, calls = 3, []
+        ask_it, model.choose = (
+            model.choose,
+            lambda group, done: (calls.append([c.key for c in group]), ask_it(group, done)),
+        )
+        work(tmp_path).choose("judge", model, [choose(f"q{n}") for n in range(count)])
+        return calls
+
+    assert some(4) == [["q0", "q1", "q2"], ["q3"]]
+    # The second group is another one now, and is asked whole, as it would have been without the first run.
+    assert some(8) == [["q3", "q4", "q5"], ["q6", "q7"]]
+    assert some(8) == []

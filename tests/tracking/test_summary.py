@@ -166,3 +166,24 @@ def test_a_reward_model_is_followed_by_ppo_and_its_page_is_named_only_if_there_i
     own.model.path = "models/mine"
     following = lines([trained("reward")], own)[-1]
     assert following.endswith(f"{model} model.path=models/mine data.prompts=<your prompts.jsonl>")
+
+
+def constitutional() -> Manifest:
+    metrics = {
+        "demonstrations/made": 829.0, "rounds/flaws": 302.0, "rounds/accepted": 180.0, "pairs/judged": 178.0,
+        "pairs/position_gap": 0.0248, "refusals/initial": 0.0676, "refusals/targets": 0.275,
+    }  # fmt: skip
+    rows = {"read": 2400, "kept": 900, "held_out": 122, "dropped": {}}
+    outputs = [{"path": "constitutional_report.html"}]
+    return trained("constitutional", metrics=metrics, rows=rows, outputs=outputs, steps=0)
+
+
+def test_constitutional_data_says_what_was_made_and_what_it_can_be_trained_with():
+    text = lines([constitutional()], config(name="constitutional"))
+    heading = next(at for at, line in enumerate(text) if "revised" in line)
+    assert text[heading + 2].split()[1:] == ["900", "829", "302", "180", "178", "+0.02", "6.8%", "->", "27.5%"]
+    assert max(map(len, text[:-1])) <= 88
+    assert "data     runs/sft_dpo/constitutional" in text
+    assert "report   runs/sft_dpo/constitutional/constitutional_report.html" in text
+    made = "data.demonstrations=runs/sft_dpo/constitutional/demonstrations.jsonl"
+    assert text[-1].startswith("next     python -m align +recipe=sft_dpo model.path=tiny-base ") and made in text[-1]
