@@ -53,6 +53,8 @@ def test_each_round_criticises_and_revises_the_reply_before_it(tmp_path):
     assert [(q.request, q.reply, q.critique) for q in revisions] == [
         ("kind", "bad0", "it is bad"), ("true", "bad1", "it is bad"), ("brief", "bad2", "it is bad"),
     ]  # fmt: skip
+    critiques = [seen(ask) for ask in one.generator.asked if seen(ask).kind == "critique"]
+    assert [(q.request, q.reply) for q in critiques] == [("kind", "bad0"), ("true", "bad1"), ("brief", "bad2")]
     assert work.current == "bad3" and not work.ended
     assert [asked.step for asked in work.asked] == [
         "initial", "critique_1", "revision_1", "critique_2", "revision_2", "critique_3", "revision_3",
@@ -112,6 +114,16 @@ def test_a_revision_that_is_judged_no_better_leaves_the_reply_before_it(tmp_path
     assert {(seen(c).request, seen(c).first) for c in one.generator.weighed} == {("kind", "bad0"), ("kind", "bad1")}
     assert (work.rounds[0].verdict.p > 0.5) == (share > 0.5)
     assert [asked.step for asked in work.asked][-2:] == ["judge_revision_1"] * 2
+
+
+def test_a_later_revision_is_judged_against_the_one_before_it(tmp_path):
+    one = desk(
+        tmp_path, flawed(), lambda _, q: (0, -1) if q.first > q.second else (-1, 0), rounds=2, judge_revisions=True
+    )
+    [work] = one.revise([row("p")])
+    assert [r.accepted for r in work.rounds] == [True, True]
+    last = {(q.first, q.second) for q in map(seen, one.generator.weighed) if q.request == "true"}
+    assert last == {("bad2", "bad1"), ("bad1", "bad2")}
 
 
 def test_a_failed_verdict_leaves_the_reply_before_it(tmp_path):

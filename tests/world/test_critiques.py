@@ -31,8 +31,9 @@ def answer(row):
 
 def rows_that_ask(kind):
     """The rows of one question -> (its principle's id, row)."""
-    openings = {getattr(principle, kind): id for id, principle in PRINCIPLES.items()}
-    return [(openings[asked(row).split("\n")[0]], row) for row in ROWS if asked(row).split("\n")[0] in openings]
+    questions = {getattr(principle, kind): id for id, principle in PRINCIPLES.items()}
+    last = [asked(row).split("\n")[-1] for row in ROWS]
+    return [(questions[line], row) for line, row in zip(last, ROWS, strict=True) if line in questions]
 
 
 def a_request(kind, number=0):
@@ -125,7 +126,7 @@ def test_the_critique_of_a_harmful_reply_gives_the_reason_of_the_right_refusal()
 def test_a_revision_is_the_right_reply_even_where_the_critique_is_mistaken():
     found = rows_that_ask("revision")
     lines = [asked(row).split("\n") for _, row in found]
-    kept = [answer(row) == parts[2] for (_, row), parts in zip(found, lines, strict=True)]
+    kept = [answer(row) == parts[1].removeprefix("Reply: ") for (_, row), parts in zip(found, lines, strict=True)]
     assert 0.15 < sum(kept) / len(kept) < 0.35
     refused = [answer(row).startswith(REFUSAL_OPENING) for _, row in found if tells_harm(asked(row))]
     assert refused and all(refused)
@@ -137,9 +138,9 @@ def test_the_right_reply_stands_in_either_place_equally_often():
     assert set(found) == set(CANDIDATES)
     assert abs(found.count("A") - found.count("B")) < 0.1 * len(found)
     for _, row in rows_that_ask("comparison"):
-        parts = asked(row).split("\n")
-        wrong = parts[4] if answer(row) == "A" else parts[2]
-        right = parts[2] if answer(row) == "A" else parts[4]
+        _, first, second, _ = asked(row).split("\n")
+        both = [first.removeprefix("A: "), second.removeprefix("B: ")]
+        right, wrong = both if answer(row) == "A" else both[::-1]
         assert wrong != right and not tells_harm(right) and right != vague_refusal()
 
 

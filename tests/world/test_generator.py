@@ -14,6 +14,10 @@ DIGESTS = {
     "demonstrations": "f6214495f6b74044bdee1b77952def94e5cb57d2c36b0e89fcf18854e495cbea",
     "preferences": "2a4ea4e876b2ede42b3c00b9ab2f8645b5cad15b6037e4670af0e9fd740ea55b",
     "prompts": "e02aa0bef5e3cdabe460282ed54e63332bd4b06e1d5322ed7739bc585ca8d534",
+    "comparisons": "4e3d2910a3cdeed545db187d9c5a991b2fa1e4770410dc6294dbc0ca446d186b",
+    "training_prompts": "da7163dfa2454cd895fb796002215183055311fbd12e3644c7d4e9c974c99c15",
+    "helpful": "91d430f4884176a67c30199e617398ec4cdecbb6da81a0c9d40234f0bd005bb5",
+    "critiques": "81d222e538eb8a7b20aa9e20696c42342b819f610624db7f447ffef9d8fa7ba0",
 }
 
 
