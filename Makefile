@@ -13,7 +13,7 @@ help:
 	@echo "make demo    SFT, DPO and their figures on the embedded model: a few minutes on two cores"
 	@echo "make test    the tests"
 	@echo "make lint    ruff"
-	@echo "make bench   DPO and reward models against TRL's trainers on this machine"
+	@echo "make bench   DPO and reward models against TRL's trainers on this machine, and the speed of PPO"
 	@echo "make clean   removes what the tests and the demo wrote, not the environment"
 
 setup: $(STAMP)
@@ -50,6 +50,7 @@ lint: setup
 bench: setup
 	$(IN_VENV) python benchmarks/dpo.py
 	$(IN_VENV) python benchmarks/reward.py
+	$(IN_VENV) python benchmarks/ppo.py
 
 clean:
 	rm -rf runs multirun outputs dist build .pytest_cache .ruff_cache

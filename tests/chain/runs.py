@@ -14,27 +14,29 @@ from align.tracking.local import read_metrics
 REPO = Path(__file__).resolve().parents[2]
 
 
-def environment(folder: Path) -> dict[str, str]:
+def environment(folder: Path, threads: int = 1) -> dict[str, str]:
     """The caller's environment with a cache of the test's own and one thread, so that sums never change order."""
-    return {**os.environ, "ALIGN_CACHE": str(folder / "cache"), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO)}
+    return {
+        **os.environ, "ALIGN_CACHE": str(folder / "cache"), "OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(REPO),
+    }  # fmt: skip
 
 
-def start(folder: Path, *overrides: str) -> subprocess.Popen:
+def start(folder: Path, *overrides: str, threads: int = 1) -> subprocess.Popen:
     """`python -m align <overrides>` in `folder`, output kept."""
     return subprocess.Popen(
         [sys.executable, "-m", "align", *overrides],
         cwd=folder,
-        env=environment(folder),
+        env=environment(folder, threads),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
     )
 
 
-def finish(folder: Path, *overrides: str, expect: int = 0) -> str:
+def finish(folder: Path, *overrides: str, expect: int = 0, seconds: int = 300, threads: int = 1) -> str:
     """Run to the end; returns what was printed."""
-    process = start(folder, *overrides)
-    output, _ = process.communicate(timeout=300)
+    process = start(folder, *overrides, threads=threads)
+    output, _ = process.communicate(timeout=seconds)
     assert process.returncode == expect, output
     return output
 
