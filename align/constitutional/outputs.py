@@ -31,7 +31,8 @@ def choose_targets(
     for row in going(rows):
         accepted = [one.revision or "" for one in row.accepted]
         if not accepted:
-            if row.rounds and row.rounds[0].critique.flaw:
+            flawed = any(one.criticised and one.critique.flaw for one in row.rounds)
+            if row.rounds and (flawed or not row.ended):
                 row.drop(NO_TARGET, row.rounds[-1].fault or "")
                 continue
             accepted = [row.initial]

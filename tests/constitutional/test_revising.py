@@ -262,6 +262,15 @@ def test_a_prompt_with_a_flaw_and_no_accepted_revision_gives_none_and_is_marked(
     assert works[0].fault == NO_TARGET
 
 
+@pytest.mark.parametrize(("answers", "kept"), [((LOST, "No flaw"), True), ((LOST, LOST), False)])
+def test_a_lost_critique_is_no_flaw_but_no_verdict_either(answers, kept, tmp_path):
+    critique = dict(zip(("kind", "true"), answers, strict=True))
+    one = desk(tmp_path, flawed(critique=lambda question: critique[question.request]), rounds=2)
+    works = one.revise([row("p")])
+    assert targets(one, works) == ({"p": ["bad0"]} if kept else {})
+    assert works[0].fault == (None if kept else NO_TARGET)
+
+
 def test_texts_that_are_revised_to_the_same_are_learnt_once(tmp_path):
     say = flawed(revision=lambda question: {"bad0": "good", "good": "fine", "fine": "good"}[question.reply])
     one = desk(tmp_path, say, rounds=3, targets=RevisionTarget.all)
