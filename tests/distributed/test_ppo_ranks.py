@@ -18,16 +18,14 @@ from align.trainers.samples import read_samples
 
 HERE = Path(__file__).resolve().parent
 REPO = HERE.parents[1]
-ONE_RANK = {"one": "", "one_padded_split": "micro=1", "one_lora": "peft=lora", "one_rloo": "advantage=rloo"}
+ONE_RANK = {"one": "", "one_padded_split": "micro=1", "one_lora": "peft=lora"}
 TWO_RANKS = {
     "ddp": "",
     "zero2": "zero=2",
     "zero3": "micro=1,zero=3",
     "zero3_lora": "zero=3,peft=lora",
-    "zero3_rloo": "zero=3,advantage=rloo",
 }
-PAIRS = [("one_padded_split", "one"), ("ddp", "one"), ("zero2", "one"), ("zero3", "one"), ("zero3_lora", "one_lora"),
-         ("zero3_rloo", "one_rloo")]  # fmt: skip
+PAIRS = [("one_padded_split", "one"), ("ddp", "one"), ("zero2", "one"), ("zero3", "one"), ("zero3_lora", "one_lora")]
 
 
 def launch(launcher: list[str], folder: Path, modes: dict[str, str]) -> None:
@@ -97,7 +95,7 @@ def test_figures_and_samples_are_the_same(folder, name, alone):
 @pytest.mark.parametrize(("name", "alone"), PAIRS)
 def test_the_policy_its_average_and_the_value_model_are_the_same(folder, name, alone):
     start = load_file(REPO / "align/world/models/sft/model.safetensors")
-    for part in ("policy", "policy_ema", *(["value"] if "rloo" not in name else [])):
+    for part in ("policy", "policy_ema", "value"):
         files = [next((folder / way / "ppo" / part).glob("*.safetensors")) for way in (name, alone)]
         found, expected = map(load_file, files)
         assert found.keys() == expected.keys()
