@@ -61,7 +61,7 @@ WRONG_VALUES = [
     ),
     (
         "+recipe=ppo stages.ppo.completions_per_prompt=3",
-        "use stages.ppo.completions_per_prompt=2 or stages.ppo.completions_per_update=192",
+        "use stages.ppo.completions_per_prompt=2 or stages.ppo.completions_per_update=384",
     ),
     ("+recipe=dpo stages.dpo.loss=ipoo", "did you mean ipo? (sigmoid, hinge, ipo, robust, sigmoid_norm)"),
     ("+recipe=dpo precision=fp16", "(auto, fp32, bf16)"),

@@ -300,4 +300,4 @@ def test_a_slot_that_names_no_source_is_refused(slot, message):
 def test_a_source_keeps_its_own_format_over_the_slots():
     first, second = parse_slot(["a", {"path": "b", "format": "text"}], "text", format="messages", split="train")
     assert (first.format, second.format) == ("messages", "text")
-    assert sources.SLOTS == ("text", "demonstrations", "preferences", "prompts")
+    assert sources.SLOTS == ("text", "demonstrations", "preferences", "prompts", "helpful")

@@ -34,7 +34,7 @@ UPDATES = 2
 
 def shortness(prompts: list[Any], completions: list[str], rows: list[dict[str, Any]]) -> list[float | None]:
     """No score for one of the completions of most updates, so that ranks have unequal shares of what is trained."""
-    return [None if len(text) % 7 == 0 else -len(text) / 50 for text in completions]
+    return [None if len(text) % 25 == 0 else -len(text) / 50 for text in completions]
 
 
 def stage(folder: Path, settings: dict[str, str]) -> PPOStage:

@@ -62,6 +62,8 @@ def run(folder: Path, *arguments: str) -> tuple[int, str]:
     words = [f"data.prompts={prompts}", f"run_dir={folder}/run", f"cache_dir={folder}/cache", "precision=fp32"]
     words += [] if any(word.startswith("data.held_out") for word in arguments) else ["data.held_out_fraction=0.3"]
     words += [f"stages.ppo.{key}={value}" for key, value in SETTINGS.items()]
+    # The embedded model's settings hold the policy still at first; without a value model there is nothing to say of it.
+    words += [] if any("advantage=" in word for word in arguments) else ["stages.ppo.value_warmup_updates=0"]
     # What is given comes last, in place of the settings above.
     given = {word.partition("=")[0] for word in arguments}
     words = [word for word in words if word.partition("=")[0] not in given]
