@@ -33,6 +33,10 @@ def saved(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.skipif(
+    not os.environ.get("ALIGN_SLOW_TESTS"),
+    reason="takes a minute, and tests/distributed/test_ppo_ranks.py trains the same modules; set ALIGN_SLOW_TESTS=1",
+)
 @pytest.mark.parametrize("kind", ["separate", "shared"])
 def test_ranks_learn_what_one_process_learns(kind, saved, tmp_path):
     expected = train(tmp_path, f"{kind}-one", accumulation=RANKS).model.state_dict()
