@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
+from typing import Any, TypeVar
 
 import datasets
 
@@ -24,6 +25,8 @@ from align.data.report import CHOSEN_REASONS, RowReport
 from align.data.sources import Source, expected_rows, parse_slot, source_files, source_inputs
 from align.data.template import Ids, Template
 from align.data.walk import Walked, walk
+
+R = TypeVar("R", Demonstration, PromptRow)
 
 MEANT = {"tiny:prompts": "tiny:training_prompts", "tiny:preferences": "tiny:comparisons"}
 """What PPO, constitutional data and reward models read of the embedded world where its usual rows are named."""
@@ -60,6 +63,12 @@ def prepare_demonstrations(
     return _prepare(DEMONSTRATIONS, data, template, max_tokens, cache_dir, watch)
 
 
+def _meant(data: DataConfig, slot: str) -> DataConfig:
+    """`data` with what is meant where the embedded world's usual rows are named."""
+    value = getattr(data, slot)
+    return replace(data, **{slot: MEANT.get(str(value), value)})
+
+
 def prepare_preferences(
     data: DataConfig, template: Template, max_tokens: int, cache_dir: Path | None, watch: Watch | None = None
 ) -> Prepared:
@@ -76,7 +85,7 @@ def prepare_comparisons(
     """
     return _prepare(
         COMPARISONS,
-        replace(data, preferences=MEANT.get(str(data.preferences), data.preferences)),
+        _meant(data, "preferences"),
         template,
         max_tokens,
         cache_dir,
@@ -100,7 +109,7 @@ def prepare_prompt_rows(
     """
     return _prepare(
         PROMPTS,
-        replace(data, prompts=MEANT.get(str(data.prompts), data.prompts)),
+        _meant(data, "prompts"),
         template,
         max_tokens,
         cache_dir,
@@ -116,11 +125,11 @@ def prepare_text(
 
 
 def prompts_to_train_on(data: DataConfig) -> PreparedPrompts:
-    """Sound rows of `data.prompts` that are not held out, each prompt once, for a stage that makes data of them.
+    """Sound rows of `data.prompts` that are not held out, for a stage that makes data of them.
 
     Raises: UserError as `prepare_prompts`.
     """
-    found = prepare_prompts(replace(data, prompts=MEANT.get(str(data.prompts), data.prompts)))
+    found = prepare_prompts(_meant(data, "prompts"))
     held = held_out_rows([position(first_turn(row.messages)) for row in found.rows], data.held_out_fraction)
     found.report.held_out = sum(held)
     found.rows = [row for row, out in zip(found.rows, held, strict=True) if not out]
@@ -135,18 +144,7 @@ def helpful_demonstrations(data: DataConfig) -> tuple[list[Demonstration], RowRe
     """
     found = slot_sources(data, "helpful")
     report = RowReport("helpful", BadRows(_scratch() / cache.BAD_ROWS))
-    rows: list[Demonstration] = []
-    for source in found:
-        row_format, batches = walk(source, Demonstration, check_demonstration, data)
-        report.formats[source.path] = row_format.name
-        for row in chain.from_iterable(batches):
-            report.read += 1
-            for record in row.records:
-                report.made += 1
-                if isinstance(record, BadRow):
-                    report.bad_rows.add(record)
-                else:
-                    rows.append(record)
+    rows = list(_records(found, Demonstration, check_demonstration, data, report))
     enforce_policy(report.bad_rows, report.made, data, allowed=CHOSEN_REASONS)
     report.kept = len(rows)
     return rows, report, _inputs(found, "helpful")
@@ -159,7 +157,7 @@ def prepare_prompts(data: DataConfig, max_prompts: int | None = None) -> Prepare
     """
     found = slot_sources(data, "prompts")
     report = RowReport("prompts", BadRows(_scratch() / cache.BAD_ROWS))
-    rows = list(islice(_prompt_records(found, data, report), max_prompts))
+    rows = list(islice(_records(found, PromptRow, check_prompt, data, report), max_prompts))
     enforce_policy(report.bad_rows, report.made, data, allowed=CHOSEN_REASONS)
     report.kept = len(rows)
     if not rows:
@@ -167,9 +165,16 @@ def prepare_prompts(data: DataConfig, max_prompts: int | None = None) -> Prepare
     return PreparedPrompts(rows, report.read, report, _inputs(found, "prompts"))
 
 
-def _prompt_records(sources: Sequence[Source], data: DataConfig, report: RowReport) -> Iterator[PromptRow]:
+def _records(
+    sources: Sequence[Source],
+    wanted: type[R],
+    check: Callable[[Any], None],
+    data: DataConfig,
+    report: RowReport,
+) -> Iterator[R]:
+    """Sound records of a slot, counted in `report`; the others go to its bad rows."""
     for source in sources:
-        row_format, batches = walk(source, PromptRow, check_prompt, data)
+        row_format, batches = walk(source, wanted, check, data)
         report.formats[source.path] = row_format.name
         for row in chain.from_iterable(batches):
             report.read += 1

@@ -20,8 +20,6 @@ Reduce = Callable[[Tensor], Tensor]
 
 # e^20 is finite in fp32 with room for a product; a ratio that far off says that something is broken.
 LOG_RATIO_BOUND = 20.0
-# Rows of logits whose entropies are computed together: at 150,000 tokens a temporary is 150 MB.
-ENTROPY_ROWS = 256
 # Below this share of the mean, the spread of fp32 numbers is their rounding.
 ROUNDING = 1e-7
 
@@ -204,20 +202,6 @@ def explained_variance(values: Tensor, returns: Tensor, mask: Tensor, *, reduce:
     if squared[0] <= count * (ROUNDING * means[0]) ** 2:
         return 0.0
     return float(1 - squared[1] / squared[0])
-
-
-def token_entropies(logits: Tensor) -> Tensor:
-    """Entropy in nats of softmax(logits), in fp32; a logit may be -inf.
-
-    Shapes: logits (S, V); returns (S,). Without gradient the memory beyond the logits does not grow with S.
-    """
-    return torch.cat([_entropies(rows) for rows in logits.split(ENTROPY_ROWS)])
-
-
-def _entropies(logits: Tensor) -> Tensor:
-    logps = torch.log_softmax(logits.float(), dim=-1)
-    # An impossible token adds 0 * -inf, which is 0 here and NaN in floating point.
-    return -(logps.exp() * logps.clamp(min=torch.finfo(torch.float32).min)).sum(-1)
 
 
 def _of_groups(returns: Tensor, group: Tensor, valid: Tensor) -> tuple[Tensor, Tensor, Tensor]:

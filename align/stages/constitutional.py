@@ -23,12 +23,11 @@ from align.data.prepare import PreparedPrompts, helpful_demonstrations, prompts_
 from align.data.reply_filters import FILTERS
 from align.distributed import runtime
 from align.generation.speakers import Speaker
-from align.stages.context import RunContext, flat, plain, stage_record
-from align.stages.session import input_digests
+from align.stages.context import RunContext, flat, stage_record
+from align.stages.session import input_digests, log_manifest
 from align.stages.speakers import check_speakers, load_speakers, speaker_configs
 from align.tracking.constitutional_page import constitutional_page
 from align.tracking.progress import say
-from align.tracking.wandb_run import WandbRun
 
 JOURNAL, REPORT, FIGURES = "journal", "constitutional_report.html", "report.json"
 FILES = (
@@ -56,7 +55,7 @@ def run(stage: ConstitutionalStage, context: RunContext) -> Manifest:
         _write(context, stage, made, [*demonstrations, *helpful], speakers, numbers, constitution)
     runtime.barrier()
     manifest = _manifest(stage, context, prompts, inputs, numbers)
-    _log(manifest, context)
+    log_manifest(manifest, context)
     return manifest
 
 
@@ -228,15 +227,3 @@ def _metrics(numbers: dict[str, Any]) -> dict[str, float]:
     """The numbers that stand alone, by dotted name."""
     found = flat({name: numbers[name] for name in ("demonstrations", "rounds", "refusals", "words", "pairs")})
     return {name.replace(".", "/"): float(value) for name, value in found.items() if isinstance(value, int | float)}
-
-
-def _log(manifest: Manifest, context: RunContext) -> None:
-    run = WandbRun(
-        context.config.log,
-        active=context.runtime.is_main,
-        group=context.config.name,
-        stage=context.stage_name,
-        stage_dir=context.stage_dir,
-    )
-    run.describe(plain(context.config), manifest.inputs)
-    run.finish(manifest.metrics)

@@ -16,11 +16,10 @@ from align.data.template import Template, chat_template_text
 from align.distributed import runtime
 from align.generation.hf import complete
 from align.models import load
-from align.stages.context import RunContext, plain, stage_record
+from align.stages.context import RunContext, stage_record
 from align.stages.rows import BAD_ROWS
-from align.stages.session import input_digests
+from align.stages.session import input_digests, log_manifest
 from align.tracking.progress import Progress
-from align.tracking.wandb_run import WandbRun
 from align.world import oracle
 
 SAMPLES = "samples.jsonl"
@@ -44,20 +43,8 @@ def run(stage: EvaluateStage, context: RunContext) -> Manifest:
         artifacts.write_json(context.stage_dir / SCORES, {"oracle": figures, "prompts": len(prompts.rows)})
     runtime.barrier()
     manifest = _manifest(stage, context, prompts, figures)
-    _log(manifest, context)
+    log_manifest(manifest, context)
     return manifest
-
-
-def _log(manifest: Manifest, context: RunContext) -> None:
-    run = WandbRun(
-        context.config.log,
-        active=context.runtime.is_main,
-        group=context.config.name,
-        stage=context.stage_name,
-        stage_dir=context.stage_dir,
-    )
-    run.describe(plain(context.config), manifest.inputs)
-    run.finish(manifest.metrics)
 
 
 def _chosen(rows: list[PromptRow], stage: EvaluateStage, data: DataConfig) -> list[PromptRow]:

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from align import artifacts
+from align.artifacts import Manifest
 from align.config.errors import UserError
 from align.config.schema import PeftMethod, StageConfig
 from align.data.encoded import largest_token
@@ -202,3 +203,16 @@ def close_session(session: Session) -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+def log_manifest(manifest: Manifest, context: RunContext) -> None:
+    """Send a stage that trains nothing to wandb: its config, inputs and figures."""
+    run = WandbRun(
+        context.config.log,
+        active=context.runtime.is_main,
+        group=context.config.name,
+        stage=context.stage_name,
+        stage_dir=context.stage_dir,
+    )
+    run.describe(plain(context.config), manifest.inputs)
+    run.finish(manifest.metrics)

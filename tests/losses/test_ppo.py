@@ -25,7 +25,6 @@ from align.losses.ppo import (
     kl_loss,
     leave_one_out,
     rewards_to_go,
-    token_entropies,
     token_rewards,
     whiten,
 )
@@ -530,24 +529,3 @@ def test_explained_variance_over_two_ranks_is_that_of_one():
 
     whole = explained_variance(values, returns, mask, reduce=alone)
     assert Ranks(2).run(work) == pytest.approx([whole] * 2, rel=1e-12)
-
-
-def test_token_entropies_are_torchs_in_value_and_gradient_and_across_pieces():
-    logits = (drawn(600, 11) * 4).requires_grad_()
-    found = token_entropies(logits)
-    assert found.dtype == torch.float32 and found.shape == (600,)
-    expected = Categorical(logits=logits).entropy()
-    assert torch.allclose(found.double(), expected, rtol=1e-5, atol=1e-6)
-    ours, theirs = (torch.autograd.grad(x.sum(), logits)[0] for x in (found, expected))
-    assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-5)
-
-
-def test_token_entropies_of_impossible_tokens_and_of_half_precision():
-    logits = torch.tensor([[0.0, 0.0, -math.inf], [3.0, -math.inf, -math.inf]]).requires_grad_()
-    found = token_entropies(logits)
-    assert found.tolist() == pytest.approx([math.log(2), 0.0], abs=1e-6)
-    found.sum().backward()
-    assert torch.isfinite(logits.grad).all()
-    flat = token_entropies(torch.zeros(1, 50000, dtype=torch.bfloat16))
-    assert flat.dtype == torch.float32 and flat.item() == pytest.approx(math.log(50000), rel=1e-5)
-    assert token_entropies(torch.zeros(0, 5)).shape == (0,)
