@@ -41,7 +41,7 @@ demo: setup
 	$(IN_VENV) python -m align +recipe=sft_dpo
 
 test: setup
-	$(IN_VENV) python -m pytest -q
+	$(IN_VENV) python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: setup
 	$(IN_VENV) ruff check .

@@ -140,7 +140,7 @@ def _wires(name: str, stage: Any) -> dict[str, str]:
         return {f"stages.{name}.reward_model": stage.reward_model}
     if isinstance(stage, ConstitutionalStage):
         speakers = {role: getattr(stage, role) for role in ROLES}
-        local = {role: one for role, one in speakers.items() if one.model and one.backend is SpeakerBackend.hf}
+        local = {role: one for role, one in speakers.items() if one.model and one.backend is not SpeakerBackend.server}
         return {f"stages.{name}.{role}.model": one.model for role, one in local.items()}
     return {f"stages.{name}.models.{key}": path for key, path in stage.models.items()}
 

@@ -102,7 +102,7 @@ def _models(config: RunConfig) -> Iterator[str]:
             yield stage.reward_model
         elif isinstance(stage, ConstitutionalStage):
             speakers = (stage.generator, stage.critic, stage.judge)
-            yield from (one.model for one in speakers if one.model and one.backend is SpeakerBackend.hf)
+            yield from (one.model for one in speakers if one.model and one.backend is not SpeakerBackend.server)
         else:
             yield from stage.models.values() if name == "evaluate" else [stage.policy]
         for field in fields(stage):
@@ -227,11 +227,15 @@ RULES: tuple[Rule, ...] = (
     *(
         (
             f"stages.constitutional.{role}.{key}",
-            lambda t, role=role: getattr(t.stage, role).backend is not SpeakerBackend.server,
-            "only backend=server reads it",
+            lambda t, role=role, backend=backend: getattr(t.stage, role).backend is not backend,
+            f"only backend={backend.name} reads it",
         )
         for role in ("generator", "critic", "judge")
-        for key in ("url", "key_env", "concurrency", "timeout_seconds", "retries", "votes")
+        for backend, keys in (
+            (SpeakerBackend.server, ("url", "key_env", "concurrency", "timeout_seconds", "retries", "votes")),
+            (SpeakerBackend.vllm, ("memory_share", "max_tokens")),
+        )
+        for key in keys
     ),
     ("stages.evaluate.seed", lambda t: t.stage.temperature == 0, "stages.evaluate.temperature=0 samples nothing"),
 )

@@ -84,6 +84,7 @@ LIMITS: dict[str, Limit] = {
     "stages.constitutional.*.timeout_seconds": ABOVE_ZERO,
     "stages.constitutional.*.retries": NOT_NEGATIVE,
     "stages.constitutional.*.votes": NOT_NEGATIVE,
+    "stages.constitutional.*.memory_share": (lambda value: 0 < value < 1, "above 0 and below 1"),
     "stages.constitutional.*price": NOT_NEGATIVE,
     "stages.reward.label_smoothing": BELOW_HALF,
     "stages.reward.centring_weight": NOT_NEGATIVE,

@@ -146,9 +146,10 @@ class Guard(Enum):
 
 
 class SpeakerBackend(Enum):
-    """Where a model that generates data runs: in this process (`hf`), or behind an OpenAI-compatible `server`."""
+    """Where a model that generates data runs: in this process, or behind an OpenAI-compatible server."""
 
     hf = "hf"
+    vllm = "vllm"
     server = "server"
 
 
@@ -526,7 +527,7 @@ class SpeakerConfig:
     """A model that answers, criticises or judges."""
 
     backend: SpeakerBackend = SpeakerBackend.hf
-    """hf | server"""
+    """hf | vllm | server. vllm computes on this rank's GPU, and needs the extra `vllm`."""
     model: Optional[str] = None
     """A folder, a hub id or an embedded name; with backend=server the name that the server knows it by.
     null, for critic and judge: the same model as the role before (generator, critic, judge)."""
@@ -542,6 +543,10 @@ class SpeakerConfig:
     """backend=server: further tries after a timeout, a lost connection, 429, 5xx or an answer that cannot be read."""
     votes: int = 8
     """backend=server: sampled answers that stand for log-probabilities where there are none. 0: such rows fail."""
+    memory_share: float = 0.85
+    """backend=vllm: of the GPU's memory, for weights and cache; less where another model runs beside it."""
+    max_tokens: Optional[int] = None
+    """backend=vllm: longest question with its answer; less leaves more memory for the cache. null: the model's own."""
     prompt_price: float = 0.0
     """Of a million tokens read, in any currency; do=plan and the report add it up."""
     completion_price: float = 0.0

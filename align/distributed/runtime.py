@@ -1,5 +1,6 @@
 """Which rank this is, and the few collectives the library needs; every one of them is a no-op on one rank."""
 
+import gc
 import os
 import socket
 from contextlib import closing
@@ -102,3 +103,10 @@ def gather(value: Any) -> list[Any]:
     box: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(box, value)
     return box
+
+
+def free_memory() -> None:
+    """Give what nothing holds any more back to the device."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -50,6 +50,9 @@ class FakeSpeaker:
         """Words of the messages."""
         return sum(len(message["content"].split()) for message in messages)
 
+    def close(self) -> None:
+        """Nothing is held."""
+
     def _said(self, ask: Ask, answer: str) -> Said:
         text, _ = cut_at_stop(answer, ask.stop)
         words = text.split()

@@ -13,20 +13,21 @@ from itertools import groupby
 import torch
 from transformers import PreTrainedModel
 
-from align.data.records import Message, RowRefused
 from align.data.template import Template
+from align.distributed.runtime import free_memory
 from align.generation.answer_logps import Tree, answer_logps, answer_logps_alone
 from align.generation.batching import Batching, Rules, generate, prove_batching, with_tokens
+from align.generation.chats import Chats
 from align.generation.rollout import (
     CHUNK_STEPS,
     Draws,
     Row,
-    _as_sampler,
-    _batches,
-    _decode_at_once,
-    _record,
-    _uniforms,
+    as_sampler,
+    batches_of,
+    decode_at_once,
     draw,
+    record,
+    uniforms_of,
 )
 from align.generation.roomy_cache import move_rows
 from align.generation.shared_prefix import common_prefix, prove_sharing, read_prompts
@@ -79,7 +80,8 @@ class LocalSpeaker:
         assert batch_size > 0
         self.name = name
         self._plain: PreTrainedModel = plain_model(model.to(device) if device is not None else model)
-        self._template, self._batch_size = template, batch_size
+        longest = getattr(self._plain.config.get_text_config(), "max_position_embeddings", None)
+        self._chats, self._batch_size = Chats(template, longest), batch_size
         pad = template.tokenizer.pad_token_id
         self._pad = template.chat.stop_id if pad is None else pad
         self._states: States | None = None
@@ -92,15 +94,15 @@ class LocalSpeaker:
         """
         rows: dict[tuple[float, int], list[Row]] = {}
         for place, ask in enumerate(asks):
-            encoded = self._encoded(ask)
+            encoded = self._chats.question(ask)
             if isinstance(encoded, Failed):
                 done(place, encoded)
             else:
                 row = Saying(tuple(encoded), ask.seed, place=place, stop=ask.stop)
                 rows.setdefault((ask.temperature, ask.max_new_tokens), []).append(row)
-        with torch.no_grad(), _as_sampler(self._plain):
+        with torch.no_grad(), as_sampler(self._plain):
             for (temperature, limit), alike in rows.items():
-                rules = Rules(frozenset(self._template.stop_token_ids), self._pad, limit, temperature)
+                rules = Rules(frozenset(self._chats.template.stop_token_ids), self._pad, limit, temperature)
                 for row in self._complete(alike, rules):
                     done(row.place, self._said(row))
 
@@ -110,14 +112,14 @@ class LocalSpeaker:
         Raises: UserError if the model's logits are no numbers.
         """
         trees: list[tuple[int, Tree]] = []
-        for place, encoded in enumerate(self._encoded_trees(chooses)):
+        for place, encoded in enumerate(self._chats.trees(chooses)):
             if isinstance(encoded, Failed):
                 done(place, encoded)
             else:
                 trees.append((place, encoded))
         # Questions with as many candidates, of like length, together.
         trees.sort(key=lambda entry: (len(entry[1][1]), len(entry[1][0]), entry[1][0]))
-        with torch.no_grad(), _as_sampler(self._plain):
+        with torch.no_grad(), as_sampler(self._plain):
             for candidates, group in groupby(trees, key=lambda entry: len(entry[1][1])):
                 alike, size = list(group), max(1, CANDIDATES_TOGETHER // candidates)
                 for start in range(0, len(alike), size):
@@ -127,43 +129,24 @@ class LocalSpeaker:
 
     def prompt_text(self, messages: Messages) -> str:
         """What the model is given. Raises: RowRefused if the template does not take these messages."""
-        return self._template.chat.renderer.prompt(_turns(messages))
+        return self._chats.prompt_text(messages)
 
     def prompt_tokens(self, messages: Messages) -> int:
         """Tokens of `prompt_text`. Raises: as it does."""
-        return len(self._template.encode_prompt(_turns(messages)))
+        return self._chats.prompt_tokens(messages)
 
-    def _encoded(self, ask: Ask) -> list[int] | Failed:
-        try:
-            ids = self._template.encode_prompt(_turns(ask.messages))
-        except RowRefused as refused:
-            return Failed(refused.reason, refused.detail)
-        return self._too_long(len(ids), ask.max_new_tokens) or ids
-
-    def _encoded_trees(self, chooses: Sequence[Choose]) -> Iterator[Tree | Failed]:
-        rows = [(_turns(one.messages), [Message("assistant", text) for text in one.candidates], ()) for one in chooses]
-        for encoded in self._template.encode_trees(rows):
-            if isinstance(encoded, RowRefused):
-                yield Failed(encoded.reason, encoded.detail)
-                continue
-            prompt, answers = encoded
-            answers = [answer[:-1] for answer in answers]  # without the stop token: see Chosen
-            yield self._too_long(len(prompt), max(map(len, answers))) or (tuple(prompt), answers)
-
-    def _too_long(self, prompt_tokens: int, new_tokens: int) -> Failed | None:
-        text = self._plain.config.get_text_config()
-        limit = getattr(text, "max_position_embeddings", None)
-        if limit is None or prompt_tokens + new_tokens <= limit:
-            return None
-        return Failed("too_long", f"{prompt_tokens} tokens and {new_tokens} to come exceed the model's {limit}")
+    def close(self) -> None:
+        """See `Speaker`; memory is free once the caller has dropped the model too."""
+        del self._plain
+        free_memory()
 
     def _complete(self, rows: list[Row], rules: Rules) -> Iterator[Saying]:
         states = self._found(max((row.prompt for row in rows), key=len))
-        for batch in _batches(rows, self._batch_size, states.batching):
+        for batch in batches_of(rows, self._batch_size, states.batching):
             if states.batching is Batching.moving:
                 yield from self._decode(batch, rules, states)
                 continue
-            for _ in _decode_at_once(self._plain, batch, rules):
+            for _ in decode_at_once(self._plain, batch, rules):
                 pass
             for row in batch:
                 self._end_at_stop(row)
@@ -183,13 +166,13 @@ class LocalSpeaker:
         read = read_prompts(model, prompts, rules, common_prefix(prompts, rules.max_new_tokens, states.longest_shared))
         place = {prompt: index for index, prompt in enumerate(prompts)}
         keep = torch.tensor([place[row.prompt] for row in rows], device=model.device)
-        uniforms = _uniforms(rows, rules, model.device)
+        uniforms = uniforms_of(rows, rules, model.device)
         tokens, logps = draw(read.logits[keep], uniforms[:, 0], rules.temperature)
         new, new_logps = tokens[:, None], logps[:, None]
         ids, mask = read.ids[keep], read.mask[keep]
         step, steps = 1, CHUNK_STEPS
         while True:
-            _record(rows, new, new_logps, rules)
+            record(rows, new, new_logps, rules)
             ended = [self._end_at_stop(row) or step >= rules.max_new_tokens for row in rows]
             yield from (row for row, over in zip(rows, ended, strict=True) if over)
             rows = [row for row, over in zip(rows, ended, strict=True) if not over]
@@ -216,21 +199,14 @@ class LocalSpeaker:
 
     def _end_at_stop(self, row: Saying) -> bool:
         """Whether the row has ended, by a token or by a stop text; tokens after a stop text are dropped."""
-        if row.stop and cut_at_stop(self._text(row.ids), row.stop)[1]:
+        if row.stop and cut_at_stop(self._chats.text(row.ids), row.stop)[1]:
             # Fewer tokens that still hold it, so that where a chunk ended does not matter.
-            while cut_at_stop(self._text(row.ids[:-1]), row.stop)[1]:
+            while cut_at_stop(self._chats.text(row.ids[:-1]), row.stop)[1]:
                 row.ids.pop()
                 row.logps.pop()
             row.finished = True
         return row.finished
 
     def _said(self, row: Saying) -> Said:
-        text = cut_at_stop(self._text(row.ids), row.stop)[0].strip()
+        text = cut_at_stop(self._chats.text(row.ids), row.stop)[0].strip()
         return Said(text, row.finished, len(row.prompt), len(row.ids))
-
-    def _text(self, ids: list[int]) -> str:
-        return self._template.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-
-
-def _turns(messages: Messages) -> list[Message]:
-    return [Message(message["role"], message["content"]) for message in messages]

@@ -74,13 +74,11 @@ def sample(
     if not rows:
         return []
     plain = plain_model(model)
-    with _as_sampler(plain):
+    with as_sampler(plain):
         batching = prove_batching(plain, max((row.prompt for row in rows), key=len), pad_token_id)
         done = 0
-        for batch in _batches(rows, batch_size, batching):
-            steps = (
-                _decode(plain, batch, rules) if batching is Batching.moving else _decode_at_once(plain, batch, rules)
-            )
+        for batch in batches_of(rows, batch_size, batching):
+            steps = _decode(plain, batch, rules) if batching is Batching.moving else decode_at_once(plain, batch, rules)
             for finished in steps:
                 if progress:
                     progress.show(done + finished)
@@ -89,7 +87,7 @@ def sample(
 
 
 @contextmanager
-def _as_sampler(model: PreTrainedModel) -> Iterator[None]:
+def as_sampler(model: PreTrainedModel) -> Iterator[None]:
     """The model in eval mode, with a generation config that says nothing; as it was, afterwards."""
     training = [module for module in model.modules() if module.training]
     config = model.generation_config
@@ -104,7 +102,7 @@ def _as_sampler(model: PreTrainedModel) -> Iterator[None]:
             module.training = True
 
 
-def _batches(rows: list[Row], batch_size: int, batching: Batching) -> Iterator[list[Row]]:
+def batches_of(rows: list[Row], batch_size: int, batching: Batching) -> Iterator[list[Row]]:
     """Prompts of like length together, completions of one prompt beside each other."""
     ordered = sorted(rows, key=lambda row: (len(row.prompt), row.prompt))
     alike = [ordered]
@@ -123,10 +121,10 @@ def _decode(model: PreTrainedModel, batch: list[Row], rules: Rules) -> Iterator[
     ids, mask = left_padded(prompts, rules.pad_token_id, model.device)
     read = generate(model, ids, mask, 1, rules, output_logits=True)
     cache, rows = read.past_key_values, batch
-    uniforms = _uniforms(rows, rules, model.device)
+    uniforms = uniforms_of(rows, rules, model.device)
     keep = torch.tensor([place[row.prompt] for row in rows], device=model.device)
     tokens, logps = draw(read.logits[0][keep], uniforms[:, 0], rules.temperature)
-    _record(rows, tokens[:, None], logps[:, None], rules)
+    record(rows, tokens[:, None], logps[:, None], rules)
     ids, mask = with_tokens(ids[keep], mask[keep], tokens[:, None])
     for step in range(1, rules.max_new_tokens, CHUNK_STEPS):
         alive = torch.tensor([i for i, row in enumerate(rows) if not row.finished], dtype=torch.long)
@@ -142,18 +140,18 @@ def _decode(model: PreTrainedModel, batch: list[Row], rules: Rules) -> Iterator[
         width = ids.shape[1]
         ids = generate(model, ids, mask, steps, rules, draws, past_key_values=cache).sequences
         new = ids[:, width:]
-        _record(rows, new, torch.stack(draws.logps, 1), rules)
+        record(rows, new, torch.stack(draws.logps, 1), rules)
         mask = torch.cat([mask, torch.ones_like(new)], 1)
         keep = torch.arange(len(rows), device=model.device)
     yield len(batch)
 
 
-def _decode_at_once(model: PreTrainedModel, batch: list[Row], rules: Rules) -> Iterator[int]:
+def decode_at_once(model: PreTrainedModel, batch: list[Row], rules: Rules) -> Iterator[int]:
     """As `_decode`, by one call of generate in which every row is computed until the last is done."""
     ids, mask = left_padded([row.prompt for row in batch], rules.pad_token_id, model.device)
-    draws = Draws(_uniforms(batch, rules, model.device), rules.temperature)
+    draws = Draws(uniforms_of(batch, rules, model.device), rules.temperature)
     output = generate(model, ids, mask, rules.max_new_tokens, rules, draws)
-    _record(batch, output.sequences[:, ids.shape[1] :], torch.stack(draws.logps, 1), rules)
+    record(batch, output.sequences[:, ids.shape[1] :], torch.stack(draws.logps, 1), rules)
     yield len(batch)
 
 
@@ -191,7 +189,7 @@ def draw(logits: Tensor, uniforms: Tensor, temperature: float) -> tuple[Tensor, 
     return tokens[:, 0], token_logps.gather(1, tokens)[:, 0]
 
 
-def _record(rows: list[Row], tokens: Tensor, logps: Tensor, rules: Rules) -> None:
+def record(rows: list[Row], tokens: Tensor, logps: Tensor, rules: Rules) -> None:
     """Add sampled tokens (rows, steps) to their rows, up to the first stop token."""
     if not logps.isfinite().all():
         raise UserError("the model's logits are no numbers, so nothing can be sampled; go back to a checkpoint before")
@@ -204,5 +202,6 @@ def _record(rows: list[Row], tokens: Tensor, logps: Tensor, rules: Rules) -> Non
                 break
 
 
-def _uniforms(rows: list[Row], rules: Rules, device: torch.device) -> Tensor:
+def uniforms_of(rows: list[Row], rules: Rules, device: torch.device) -> Tensor:
+    """Numbers of [0, 1) by which the tokens of each row are drawn, of its seed alone: (rows, max_new_tokens)."""
     return torch.from_numpy(row_uniforms([row.seed for row in rows], rules.max_new_tokens)).to(device)

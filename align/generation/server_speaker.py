@@ -79,6 +79,9 @@ class ServerSpeaker:
         """An estimate: tokens of the texts by `count_tokens`, or by their bytes, and a few for each turn."""
         return sum(self._tokens(message["content"]) + TOKENS_A_TURN for message in messages)
 
+    def close(self) -> None:
+        """Nothing is held here between questions."""
+
     def price(self, prompt_tokens: int, new_tokens: int) -> float | None:
         """Of so many tokens, in the currency of the prices; None if one of them is not known."""
         prompt_price, completion_price = self._prices

@@ -108,6 +108,9 @@ class Speaker(Protocol):
     def prompt_tokens(self, messages: Messages) -> int:
         """Tokens of what the model is given, or an estimate of them. Raises: as `prompt_text`."""
 
+    def close(self) -> None:
+        """Give the memory of the model back: it answers no more, but still tells what it is given."""
+
 
 def cut_at_stop(text: str, stop: Sequence[str]) -> tuple[str, bool]:
     """The text before the first of the stop texts in it, and whether there is one."""

@@ -9,62 +9,22 @@ weights after loading (some of those for mixtures of experts) would read them wr
 (`align.trainers.experience.refuse_disagreement`).
 """
 
-import gc
-import os
 from collections.abc import Iterable, Sequence
-from types import ModuleType
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from align.config.errors import UserError
+from align.distributed.runtime import free_memory
 from align.generation.rollout import Completion
+from align.generation.vllm_engine import Setting, drawn_by, shut_down
 from align.tracking.progress import Progress
 
-WHERE = "stages.ppo.rollout=vllm"
+ROLLOUT = Setting("stages.ppo.rollout=vllm", "stages.ppo.rollout=hf")
 MEMORY_SHARE = 0.3
 """Of a GPU's memory, for weights, cache and activations of a rollout. Weights, gradients and optimizer states of the
 training stay where they are meanwhile, and want the rest."""
-LEAST_TEMPERATURE = 0.01
-"""vLLM samples at this temperature where it is told a lower one that is not 0, and only logs it."""
-STEP_TOKENS = 4096
-"""Prompt tokens read in a step. What a step may need is taken from the cache when the engine starts; vLLM's own default
-is several times this, too much for a share of the memory."""
-
-
-def check_vllm(*, device: str, temperature: float) -> None:
-    """Refuse a run that vLLM cannot sample for, before anything is loaded.
-
-    Raises: UserError if vLLM cannot be imported, if there is no GPU, or if the temperature is one that it changes.
-    """
-    import_vllm()
-    if not device.startswith("cuda"):
-        raise UserError(f"{WHERE}: there is no GPU here for vLLM to sample on; set stages.ppo.rollout=hf")
-    if 0 < temperature < LEAST_TEMPERATURE:
-        raise UserError(
-            f"stages.ppo.temperature={temperature}: vLLM samples at {LEAST_TEMPERATURE} or above; raise it, or set "
-            "stages.ppo.rollout=hf"
-        )
-
-
-def import_vllm() -> ModuleType:
-    """The module, told to keep to this process and to leave the standard output alone.
-
-    Raises: UserError if it cannot be imported.
-    """
-    # In a process of its own it could be given neither this process's tensors nor its process group.
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-    os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
-    try:
-        import vllm
-    except ImportError as error:
-        raise UserError(
-            f"{WHERE}: vLLM cannot be imported ({_one_line(error)}); pip install vllm, or set stages.ppo.rollout=hf"
-        ) from error
-    return vllm
 
 
 class VllmSampler:
@@ -88,36 +48,21 @@ class VllmSampler:
         max_tokens: longest prompt with its completion. batch_size: completions that are sampled together.
         Raises: UserError if vLLM does not run the model, or finds too little memory.
         """
-        vllm = import_vllm()
-        self._parameters = vllm.SamplingParams
-        try:
-            self._llm = vllm.LLM(
-                model=model_path,
-                revision=revision,
-                trust_remote_code=trust_remote_code,
-                skip_tokenizer_init=True,
-                # Left to itself it makes fp16 of fp32.
-                dtype=str(dtype).removeprefix("torch."),
-                seed=seed,
-                max_model_len=max_tokens,
-                max_num_seqs=batch_size,
-                max_num_batched_tokens=max(STEP_TOKENS, batch_size),
-                gpu_memory_utilization=memory_share,
-                enable_sleep_mode=True,
-                enable_prefix_caching=True,
-                # Those it samples from, temperature included; by default they are of the logits as they come.
-                logprobs_mode="processed_logprobs",
-                # The model's own top_k, penalties and stop tokens have no say.
-                generation_config="vllm",
-                tensor_parallel_size=1,
-                # Joins the process group of the ranks; alone there is none, and none of a launcher's variables.
-                distributed_executor_backend="external_launcher" if dist.is_initialized() else "uni",
-            )
-        except (ValueError, TypeError, torch.OutOfMemoryError) as error:
-            raise UserError(
-                f"{WHERE}: vLLM {vllm.__version__} does not start with {model_path}: {_one_line(error)}; "
-                "set stages.ppo.rollout=hf"
-            ) from error
+        self._vllm = ROLLOUT.vllm()
+        self._llm = ROLLOUT.start(
+            model_path,
+            max_tokens=max_tokens,
+            dtype=dtype,
+            seed=seed,
+            batch_size=batch_size,
+            memory_share=memory_share,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+            skip_tokenizer_init=True,
+            enable_sleep_mode=True,
+            # Those it samples from, temperature included; by default they are of the logits as they come.
+            logprobs_mode="processed_logprobs",
+        )
         self._loaded = False
         self._sleep()
 
@@ -134,8 +79,8 @@ class VllmSampler:
             torch.cuda.synchronize()  # what was read may be freed by the caller
         if missing:
             raise UserError(
-                f"{WHERE}: {len(missing)} weights of vLLM's model are not among the policy's, {missing[0]}; "
-                "set stages.ppo.rollout=hf"
+                f"{ROLLOUT.where}: {len(missing)} weights of vLLM's model are not among the policy's, {missing[0]}; "
+                f"set {ROLLOUT.instead}"
             )
         self._loaded = True
 
@@ -158,11 +103,15 @@ class VllmSampler:
         assert len(seeds) == len(prompts) * per_prompt and all(prompts) and max_new_tokens > 0
         asked = [{"prompt_token_ids": list(prompt)} for prompt in prompts for _ in range(per_prompt)]
         # A request a completion, for each has its own seed; the prompt they share is read once, and cached.
-        drawn_by = [self._drawn_by(seed, stop_token_ids, max_new_tokens, temperature) for seed in seeds]
+        # logprobs=0: no more than that of the sampled token.
+        drawn = [
+            drawn_by(self._vllm, seed, stop_token_ids, max_new_tokens, temperature, logprobs=0, detokenize=False)
+            for seed in seeds
+        ]
         self._llm.wake_up(tags=["kv_cache"])
         if not self._llm.reset_prefix_cache():
             raise RuntimeError("vLLM still caches prefixes that it computed with other weights")
-        outputs = self._llm.generate(asked, drawn_by, use_tqdm=False) if asked else []
+        outputs = self._llm.generate(asked, drawn, use_tqdm=False) if asked else []
         self._sleep()
         if progress:
             progress.show(len(outputs))
@@ -171,33 +120,14 @@ class VllmSampler:
 
     def close(self) -> None:
         """Stop the engine and free its memory; there can be one in a process."""
-        self._llm.llm_engine.engine_core.shutdown()
+        shut_down(self._llm)
         del self._llm
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        free_memory()
 
     def _sleep(self) -> None:
         """Give the memory back. Level 2 keeps no copy of the weights, which are loaded anew anyway."""
         self._llm.sleep(level=2)
         self._loaded = False
-
-    def _drawn_by(self, seed: int, stop_token_ids: Sequence[int], max_new_tokens: int, temperature: float) -> Any:
-        return self._parameters(
-            n=1,
-            temperature=temperature,
-            top_p=1.0,
-            top_k=0,
-            min_p=0.0,
-            seed=seed,
-            max_tokens=max_new_tokens,
-            stop_token_ids=list(stop_token_ids),
-            # The model's own end token stops nothing unless it is one of ours.
-            ignore_eos=True,
-            # No more than that of the sampled token.
-            logprobs=0,
-            detokenize=False,
-        )
 
 
 @torch.no_grad()
@@ -208,16 +138,9 @@ def _load_into(model: nn.Module, named_weights: Iterable[tuple[str, Tensor]]) ->
 
 
 def _completion(output: Any) -> Completion:
-    """Raises: UserError for log-probabilities that are no numbers, or an end other than a stop token or the limit."""
-    ids = list(output.token_ids)
-    if output.finish_reason not in ("stop", "length"):
-        raise UserError(f"{WHERE}: vLLM ended a completion for the reason {output.finish_reason}; see its log above")
+    """Raises: UserError for log-probabilities that are no numbers, and as `Setting.checked`."""
+    ids = list(ROLLOUT.checked(output).token_ids)
     logps = [step[token].logprob for token, step in zip(ids, output.logprobs, strict=True)]
     if not torch.tensor(logps).isfinite().all():
         raise UserError("the model's logits are no numbers, so nothing can be sampled; go back to a checkpoint before")
     return Completion(ids, logps, output.finish_reason == "stop")
-
-
-def _one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split())
-    return text if len(text) <= 300 else text[:297] + "..."

@@ -46,6 +46,8 @@ def run(stage: ConstitutionalStage, context: RunContext) -> Manifest:
     speakers = load_speakers(stage, context)
     work = Work(context.stage_dir / JOURNAL, context.runtime, context.stage_name)
     targets, pairs, faults = make(stage, constitution, rows, speakers, work)
+    for speaker in {id(one): one for one in speakers.values()}.values():
+        speaker.close()
     demonstrations = list(outputs.demonstrations(rows, targets))
     helpful, inputs = _helpful(stage, context, len(demonstrations))
     made = Made(rows, targets, pairs, faults, len(helpful), work.spent)
@@ -203,7 +205,9 @@ def _manifest(
     numbers: dict[str, Any],
 ) -> Manifest:
     record = stage_record(context.config, context.stage_name, context.run_dir)
-    models = {role: config for role, config in speaker_configs(stage).items() if config.backend is SpeakerBackend.hf}
+    models = {
+        role: config for role, config in speaker_configs(stage).items() if config.backend is not SpeakerBackend.server
+    }
     made = [digest for role, config in models.items() for digest in input_digests(config.model, role)]
     own = {"name": "constitution", "path": stage.constitution, "digest": load_constitution(stage.constitution).digest}
     counts = prompts.report.counts()

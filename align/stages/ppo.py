@@ -12,7 +12,7 @@ from align.config.errors import UserError
 from align.config.rewards import RewardSetting, parse_rewards
 from align.config.schema import PPOStage, RolloutEngine
 from align.data.prepare import prepare_text
-from align.generation.vllm_rollout import VllmSampler, check_vllm
+from align.generation.vllm_rollout import ROLLOUT, VllmSampler
 from align.models.load import resolve_model
 from align.stages.context import RunContext
 from align.stages.ppo_models import Models
@@ -37,7 +37,7 @@ SAMPLES, REPORT = "samples.jsonl", "ppo_report.html"
 def run(stage: PPOStage, context: RunContext) -> Manifest:
     """Train on `data.prompts`; leaves `policy/`, `value/` (with a value model), `samples.jsonl` and a page."""
     if stage.rollout is RolloutEngine.vllm:
-        check_vllm(device=context.runtime.device, temperature=stage.temperature)
+        ROLLOUT.check(device=context.runtime.device, temperatures={"stages.ppo.temperature": stage.temperature})
     session = open_session(stage, context)
     _check_ranks(session, stage)
     models = Models(session, stage, parse_rewards(stage.rewards))

@@ -1,6 +1,5 @@
 """What comes before a trainer: ZeRO choice, tokenizer, rows, and the checkpoint to go on from."""
 
-import gc
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -200,9 +199,7 @@ def _checkpoint_to_resume(session: Session) -> Path | None:
 def close_session(session: Session) -> None:
     """Free the model and forget ZeRO: its flag outlives a stage and would shard the next one's loading."""
     unset_hf_deepspeed_config()
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    runtime.free_memory()
 
 
 def log_manifest(manifest: Manifest, context: RunContext) -> None:

@@ -1,4 +1,4 @@
-"""What vLLM does, slowly, with a Hugging Face model: the part of its API that `align.generation.vllm_rollout` calls.
+"""What vLLM does, slowly, with a Hugging Face model: the part of its API that rollouts and speakers call.
 
 Where vLLM would be silently wrong (weights it was not given, a prefix cached under other weights, log-probabilities of
 the raw logits, the model's own stop tokens) this is too, so that a test sees it.
@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 LAUNCHERS = ("uni", "external_launcher")
 
@@ -30,6 +30,8 @@ class SamplingParams:
     ignore_eos: bool = False
     max_tokens: int = 16
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    stop: list[str] = field(default_factory=list)
     detokenize: bool = True
 
 
@@ -54,19 +56,23 @@ class LLM:
 
     def __init__(
         self, model: str, *, revision=None, trust_remote_code=False, skip_tokenizer_init=False, dtype="auto", seed=0,
-        max_model_len: int, max_num_seqs=256, max_num_batched_tokens=8192, gpu_memory_utilization=0.9,
+        max_model_len: int | None = None, max_num_seqs=256, max_num_batched_tokens=8192, gpu_memory_utilization=0.9,
         enable_sleep_mode=False, enable_prefix_caching=True, logprobs_mode="raw_logprobs", generation_config="auto",
         tensor_parallel_size=1, distributed_executor_backend=None,
     ):  # fmt: skip
         if gpu_memory_utilization > 1:
             raise ValueError("1 validation error\n  gpu_memory_utilization is too much")
-        assert skip_tokenizer_init and distributed_executor_backend in LAUNCHERS
+        assert distributed_executor_backend in LAUNCHERS
+        self.tokenizer = None if skip_tokenizer_init else AutoTokenizer.from_pretrained(model)
         loaded = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype), revision=revision)
         self.model = Served(loaded.eval())
-        self.max_model_len, self.logprobs_mode = max_model_len, logprobs_mode
+        self.max_model_len, self.logprobs_mode = max_model_len or loaded.config.max_position_embeddings, logprobs_mode
         self.can_sleep, self.asleep, self.prefixes, self.calls = enable_sleep_mode, set(), {}, 0
         self.leaks = generation_config != "vllm"
-        self.llm_engine = SimpleNamespace(engine_core=SimpleNamespace(shutdown=lambda: LLM.started.remove(self)))
+        self.llm_engine = SimpleNamespace(
+            engine_core=SimpleNamespace(shutdown=lambda: LLM.started.remove(self)),
+            model_config=SimpleNamespace(max_model_len=self.max_model_len),
+        )
         assert not LLM.started, "one engine a process"
         LLM.started.append(self)
 
@@ -97,7 +103,8 @@ class LLM:
         return [self._complete(one["prompt_token_ids"], wanted) for one, wanted in pairs]
 
     def _complete(self, prompt: list[int], wanted: SamplingParams) -> Any:
-        assert len(prompt) < self.max_model_len and wanted.n == 1 and wanted.logprobs == 0 and not wanted.detokenize
+        assert len(prompt) < self.max_model_len and wanted.n == 1 and wanted.logprobs in (0, None)
+        assert wanted.detokenize == bool(wanted.stop), "decoding is paid for where stop texts are looked for"
         config = self.model.inner.generation_config
         stops = set(wanted.stop_token_ids) | (set() if wanted.ignore_eos else {config.eos_token_id})
         random = torch.Generator().manual_seed(wanted.seed)
@@ -115,8 +122,24 @@ class LLM:
             if token in stops:
                 reason = "stop"
                 break
+            if wanted.stop and any(
+                text in self.tokenizer.decode(ids, skip_special_tokens=True) for text in wanted.stop
+            ):
+                reason = "stop"
+                break
         output = SimpleNamespace(token_ids=tuple(ids), logprobs=logprobs, finish_reason=reason)
-        return SimpleNamespace(prompt_token_ids=prompt, outputs=[output])
+        return SimpleNamespace(
+            prompt_token_ids=prompt, outputs=[output], prompt_logprobs=self._of_prompt(prompt, wanted.prompt_logprobs)
+        )
+
+    def _of_prompt(self, prompt: list[int], wanted: int | None) -> list[Any] | None:
+        """Those of the raw logits, whatever the temperature; nothing comes before the first token."""
+        if wanted is None:
+            return None
+        assert wanted == 0
+        logps = self.model.inner(torch.tensor([prompt]), use_cache=False).logits[0].float().log_softmax(-1)
+        rest = zip(logps, prompt[1:], strict=False)
+        return [None, *({token: SimpleNamespace(logprob=row[token].item(), rank=1)} for row, token in rest)]
 
     def _logits(self, ids: list[int], *, cached: bool) -> torch.Tensor:
         if cached and tuple(ids) in self.prefixes:

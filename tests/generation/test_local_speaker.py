@@ -237,7 +237,7 @@ def some_trees(seed=0, share=0):
 @pytest.mark.parametrize("share", [0, 20])
 def test_every_family_weighs_answers_as_a_plain_forward_does(name, share):
     model, trees = a_family(name), some_trees(share=share)
-    with torch.no_grad(), rollout._as_sampler(model):
+    with torch.no_grad(), rollout.as_sampler(model):
         batching = prove_batching(model, trees[2][0], 0)
         if batching is Batching.moving:
             longest = prove_sharing(model, trees[2][0], 0)
@@ -263,7 +263,7 @@ def test_every_family_says_in_a_batch_what_it_says_alone(name, template, monkeyp
 
     def completed(places):
         rows = [Saying(trees[i][0], 50 + i, place=i) for i in places]
-        with torch.no_grad(), rollout._as_sampler(model):
+        with torch.no_grad(), rollout.as_sampler(model):
             return {row.place: (row.ids, row.finished) for row in speaker._complete(rows, rules)}
 
     together = completed(range(6))
@@ -278,7 +278,7 @@ def test_a_window_wide_enough_for_the_row_lets_its_beginning_be_shared():
     import transformers
 
     model = AutoModelForCausalLM.from_config(transformers.MistralConfig(**settings), dtype=torch.float32).eval()
-    with torch.no_grad(), rollout._as_sampler(model):
+    with torch.no_grad(), rollout.as_sampler(model):
         assert prove_sharing(model, tuple(range(3, 60)), 0) == 32
         trees = some_trees(share=20)
         wide, narrow = [(p, [[5]]) for p, _ in trees], [(p, [[5] * 9]) for p, _ in trees]
@@ -298,7 +298,7 @@ def test_a_model_that_counts_places_and_not_tokens_is_found_out():
         return forward(*args, attention_mask=attention_mask, **kwargs)
 
     model.forward = by_place
-    with torch.no_grad(), rollout._as_sampler(model):
+    with torch.no_grad(), rollout.as_sampler(model):
         assert prove_sharing(model, tuple(range(3, 40)), 0) == 0
 
 

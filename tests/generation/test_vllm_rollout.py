@@ -11,7 +11,7 @@ from align.config.errors import UserError
 from align.config.schema import Advantage, PeftConfig, PeftMethod, PPOStage, RolloutEngine
 from align.generation.checkpoint_weights import checkpoint_weights
 from align.generation.rollout import sample
-from align.generation.vllm_rollout import VllmSampler, check_vllm
+from align.generation.vllm_rollout import ROLLOUT, VllmSampler
 from align.models.shared_base import SharedBase
 from align.stages import ppo as stage_of_ppo
 from align.tracking.progress import Progress
@@ -272,9 +272,9 @@ def test_without_vllm_or_a_gpu_the_stage_is_refused_before_anything_is_loaded(mo
 
 
 def test_a_temperature_that_vllm_changes_is_refused():
-    with pytest.raises(UserError, match=r"temperature=0\.005"):
-        check_vllm(device="cuda", temperature=0.005)
-    check_vllm(device="cuda", temperature=0.01)
+    with pytest.raises(UserError, match=r"stages\.ppo\.temperature=0\.005"):
+        ROLLOUT.check(device="cuda", temperatures={"stages.ppo.temperature": 0.005})
+    ROLLOUT.check(device="cuda", temperatures={"stages.ppo.temperature": 0.01})
 
 
 def test_what_vllm_says_when_it_does_not_start_is_one_line(folder):
