@@ -16,7 +16,6 @@ from align.data.bad_rows import BadRows, enforce_policy
 from align.data.encoded import EncodedRows
 from align.data.findings import Findings
 from align.data.formats import named_format
-from align.data.held_out import first_turn, held_out_rows, position
 from align.data.kinds import COMPARISONS, DEMONSTRATIONS, PREFERENCES, RATINGS, RECORDS, TEXT, Kind
 from align.data.prompt_rows import PROMPTS
 from align.data.quality import check_demonstration, check_prompt
@@ -124,17 +123,13 @@ def prepare_text(
     return _prepare(TEXT, data, template, max_tokens, cache_dir, watch)
 
 
-def prompts_to_train_on(data: DataConfig) -> PreparedPrompts:
-    """Sound rows of `data.prompts` that are not held out, for a stage that makes data of them.
+def prompts_to_answer(data: DataConfig) -> PreparedPrompts:
+    """Sound rows of `data.prompts` for a stage that makes data of them, held-out ones too.
 
+    What is made of a prompt has its first turn, by which later stages hold rows out: they hold out the same ones.
     Raises: UserError as `prepare_prompts`.
     """
-    found = prepare_prompts(_meant(data, "prompts"))
-    held = held_out_rows([position(first_turn(row.messages)) for row in found.rows], data.held_out_fraction)
-    found.report.held_out = sum(held)
-    found.rows = [row for row, out in zip(found.rows, held, strict=True) if not out]
-    found.report.kept = len(found.rows)
-    return found
+    return prepare_prompts(_meant(data, "prompts"))
 
 
 def helpful_demonstrations(data: DataConfig) -> tuple[list[Demonstration], RowReport, list[dict[str, str]]]:

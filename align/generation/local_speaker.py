@@ -9,14 +9,17 @@ batch in their last digits.
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
 
 from align.data.template import Template
 from align.distributed.runtime import free_memory
 from align.generation.answer_logps import Tree, answer_logps, answer_logps_alone
-from align.generation.batching import Batching, Rules, generate, prove_batching, with_tokens
+from align.generation.batching import Batching, Rules, generate, left_padded, prove_batching, with_tokens
 from align.generation.chats import Chats
 from align.generation.rollout import (
     CHUNK_STEPS,
@@ -54,6 +57,23 @@ class States:
     batching: Batching
     longest_shared: float
     """See `prove_sharing`."""
+
+
+class Begun(NamedTuple):
+    """A batch of n rows whose first k tokens are sampled."""
+
+    ids: Tensor
+    """(n, W) long: the prompts, padded."""
+    mask: Tensor
+    """(n, W), 1 = a token of the prompt."""
+    cache: Cache
+    """Of the prompts and all tokens but the last, a row for each different prompt."""
+    keep: Tensor
+    """(n,) the row of the cache that is a row's own."""
+    new: Tensor
+    """(n, k) long."""
+    logps: Tensor
+    """(n, k)."""
 
 
 CANDIDATES_TOGETHER = 16
@@ -162,15 +182,9 @@ class LocalSpeaker:
     def _decode(self, batch: list[Saying], rules: Rules, states: States) -> Iterator[Saying]:
         """Complete the rows of a batch, and yield each when it ends; it is computed no further then."""
         model, rows = self._plain, batch
-        prompts = list(dict.fromkeys(row.prompt for row in batch))
-        read = read_prompts(model, prompts, rules, common_prefix(prompts, rules.max_new_tokens, states.longest_shared))
-        place = {prompt: index for index, prompt in enumerate(prompts)}
-        keep = torch.tensor([place[row.prompt] for row in rows], device=model.device)
         uniforms = uniforms_of(rows, rules, model.device)
-        tokens, logps = draw(read.logits[keep], uniforms[:, 0], rules.temperature)
-        new, new_logps = tokens[:, None], logps[:, None]
-        ids, mask = read.ids[keep], read.mask[keep]
-        step, steps = 1, CHUNK_STEPS
+        ids, mask, cache, keep, new, new_logps = self._begin(batch, rules, states, uniforms)
+        step = steps = new.shape[1]
         while True:
             record(rows, new, new_logps, rules)
             ended = [self._end_at_stop(row) or step >= rules.max_new_tokens for row in rows]
@@ -183,12 +197,29 @@ class LocalSpeaker:
             # Each chunk copies the cache and sets generate up; where nothing ends there is no use in short ones.
             steps = CHUNK_STEPS if any(ended) or step == 1 else min(2 * steps, LONGEST_CHUNK_STEPS)
             steps, width = min(steps, rules.max_new_tokens - step), ids.shape[1]
-            move_rows(read.cache, keep[alive], steps)
+            move_rows(cache, keep[alive], steps)
             uniforms = uniforms[alive]
             draws = Draws(uniforms[:, step : step + steps], rules.temperature)
-            new = generate(model, ids, mask, steps, rules, draws, past_key_values=read.cache).sequences[:, width:]
+            new = generate(model, ids, mask, steps, rules, draws, past_key_values=cache).sequences[:, width:]
             new_logps, step = torch.stack(draws.logps, 1), step + steps
             keep = torch.arange(len(rows), device=model.device)
+
+    def _begin(self, batch: list[Saying], rules: Rules, states: States, uniforms: Tensor) -> Begun:
+        model, prompts = self._plain, list(dict.fromkeys(row.prompt for row in batch))
+        place = {prompt: index for index, prompt in enumerate(prompts)}
+        keep = torch.tensor([place[row.prompt] for row in batch], device=model.device)
+        share = common_prefix(prompts, rules.max_new_tokens, states.longest_shared)
+        if share or len(prompts) < len(batch):
+            read = read_prompts(model, prompts, rules, share)
+            tokens, logps = draw(read.logits[keep], uniforms[:, 0], rules.temperature)
+            return Begun(read.ids[keep], read.mask[keep], read.cache, keep, tokens[:, None], logps[:, None])
+        # Nothing is read twice here, so the first tokens come from the same call of generate.
+        ids, mask = left_padded(prompts, rules.pad_token_id, model.device)
+        steps = min(CHUNK_STEPS, rules.max_new_tokens)
+        draws = Draws(uniforms[:, :steps], rules.temperature)
+        output = generate(model, ids, mask, steps, rules, draws)
+        new = output.sequences[:, ids.shape[1] :]
+        return Begun(ids, mask, output.past_key_values, keep, new, torch.stack(draws.logps, 1))
 
     def _weigh(self, trees: list[Tree]) -> list[list[float]]:
         states = self._found(max((prompt for prompt, _ in trees), key=len))

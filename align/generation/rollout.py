@@ -166,6 +166,9 @@ class Draws(LogitsProcessor):
         self.logps: list[Tensor] = []
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if not self.temperature:
+            self.logps.append(_greatest_logps(scores))
+            return scores  # generate takes the likeliest by itself
         tokens, logps = draw(scores, self.uniforms[:, len(self.logps)], self.temperature)
         self.logps.append(logps)
         # A copy that generate made of the logits, and reads no more.
@@ -178,15 +181,20 @@ def draw(logits: Tensor, uniforms: Tensor, temperature: float) -> tuple[Tensor, 
     logits: (rows, vocabulary); uniforms: (rows,) float64 in [0, 1). temperature 0: the likeliest token,
     softmax(logits).
     """
-    token_logps = torch.log_softmax(logits.float() / (temperature or 1.0), -1)
-    if temperature:
-        # fp32 sums over a large vocabulary lose what a rare token is worth.
-        cdf = token_logps.exp().cumsum(-1, dtype=torch.float64)
-        tokens = torch.searchsorted(cdf, (uniforms * cdf[:, -1])[:, None], right=True)
-        tokens = tokens.clamp_(max=logits.shape[-1] - 1)
-    else:
-        tokens = token_logps.argmax(-1, keepdim=True)
+    if not temperature:
+        return logits.argmax(-1), _greatest_logps(logits)
+    token_logps = torch.log_softmax(logits.float() / temperature, -1)
+    # fp32 sums over a large vocabulary lose what a rare token is worth.
+    cdf = token_logps.exp().cumsum(-1, dtype=torch.float64)
+    tokens = torch.searchsorted(cdf, (uniforms * cdf[:, -1])[:, None], right=True)
+    tokens = tokens.clamp_(max=logits.shape[-1] - 1)
     return tokens[:, 0], token_logps.gather(1, tokens)[:, 0]
+
+
+def _greatest_logps(logits: Tensor) -> Tensor:
+    """Log-probability of each row's likeliest token; NaN in a row is NaN here."""
+    logits = logits.float()
+    return logits.amax(-1) - logits.logsumexp(-1)
 
 
 def record(rows: list[Row], tokens: Tensor, logps: Tensor, rules: Rules) -> None:

@@ -19,7 +19,7 @@ from align.constitutional.prompts import Questions
 from align.constitutional.revising import Revising
 from align.constitutional.rows import Filters, PromptWork, going
 from align.constitutional.work import Work, role_of
-from align.data.prepare import PreparedPrompts, helpful_demonstrations, prompts_to_train_on
+from align.data.prepare import PreparedPrompts, helpful_demonstrations, prompts_to_answer
 from align.data.reply_filters import FILTERS
 from align.distributed import runtime
 from align.generation.speakers import Speaker
@@ -40,7 +40,7 @@ def run(stage: ConstitutionalStage, context: RunContext) -> Manifest:
     """Make demonstrations, preferences and unpaired rows of `data.prompts`; every answer is journalled as it comes."""
     constitution = load_constitution(stage.constitution)
     check_stage(stage, constitution)
-    prompts = prompts_to_train_on(context.config.data)
+    prompts = prompts_to_answer(context.config.data)
     rows = prompt_works(prompts, stage)
     _say_start(context, stage, constitution, prompts, rows)
     speakers = load_speakers(stage, context)

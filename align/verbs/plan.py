@@ -16,7 +16,7 @@ from align.config.schema import ConstitutionalStage, PairSource, RunConfig, Spea
 from align.constitutional.prompts import Questions
 from align.constitutional.rows import PromptWork
 from align.constitutional.work import Work, role_of
-from align.data.prepare import prompts_to_train_on
+from align.data.prepare import prompts_to_answer
 from align.distributed.runtime import Runtime, start
 from align.stages.constitutional import check_stage, make, prompt_works
 from align.stages.context import RunContext
@@ -47,7 +47,7 @@ def run_plan(config: RunConfig) -> None:
     stage = config.stages.constitutional
     constitution = load_constitution(stage.constitution)
     check_stage(stage, constitution)
-    rows = prompt_works(prompts_to_train_on(config.data), stage)
+    rows = prompt_works(prompts_to_answer(config.data), stage)
     local = all(one.backend is SpeakerBackend.hf for one in speaker_configs(stage).values())
     steps = _tried(config, constitution, rows) if local else _bounds(stage, constitution, rows)
     print("\n".join(_lines(stage, steps, len(rows), local)))
