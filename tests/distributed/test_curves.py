@@ -2,8 +2,6 @@
 
 import json
 import math
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -12,9 +10,9 @@ import torch
 from safetensors.torch import load_file
 
 from align.tracking.local import read_metrics
+from tests.launching import deepspeed, run_modes
 
-HERE = Path(__file__).resolve().parent
-REPO = HERE.parents[1]
+SCRIPT = Path(__file__).with_name("curves.py")
 ONE_RANK = {"forest": "", "padded": "layout=padded", "accumulation": "micro=2", "lora": "peft=lora"}
 TWO_RANKS = {
     "ddp": "micro=4",
@@ -35,27 +33,12 @@ REWARD_TWO_RANKS = {
 }
 
 
-def launch(launcher: list[str], folder: Path, modes: dict[str, str]) -> None:
-    environment = {**os.environ, "PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"}
-    words = [f"{name}:{settings}" for name, settings in modes.items()]
-    done = subprocess.run(
-        [*launcher, str(HERE / "curves.py"), str(folder), *words],
-        cwd=folder,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
-
-
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory) -> dict[str, Path]:
     """Name of a way -> the folder of its stage."""
     folder = tmp_path_factory.mktemp("curves")
-    launch([sys.executable], folder, ONE_RANK | REWARD_ONE_RANK)
-    deepspeed = str(Path(sys.executable).with_name("deepspeed"))
-    launch([deepspeed, "--num_gpus", "2", "--no_local_rank"], folder, TWO_RANKS | REWARD_TWO_RANKS)
+    run_modes([sys.executable], SCRIPT, folder, ONE_RANK | REWARD_ONE_RANK)
+    run_modes(deepspeed("--no_local_rank"), SCRIPT, folder, TWO_RANKS | REWARD_TWO_RANKS)
     return {path.parts[-3]: path.parent for path in folder.glob("*/*/metrics.jsonl")}
 
 

@@ -1,21 +1,19 @@
 """The commands of the README, under the real launchers."""
 
 import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
 from align.artifacts import read_manifest
 from tests.chain.runs import environment
+from tests.launching import deepspeed, torchrun
 
 FEW_STEPS = ("stages.sft.max_steps=2", "stages.dpo.max_steps=2", "stages.evaluate.max_prompts=2")
-BIN = Path(sys.executable).parent
 LAUNCHERS = {
-    "deepspeed": [str(BIN / "deepspeed"), "--num_gpus", "2", "--no_local_rank", "--module", "align"],
+    "deepspeed": [*deepspeed("--no_local_rank", "--module"), "align"],
     # Without the flag the launcher passes --local_rank=N, which is dropped at the door.
-    "deepspeed with local_rank": [str(BIN / "deepspeed"), "--num_gpus", "2", "--module", "align"],
-    "torchrun": [str(BIN / "torchrun"), "--nproc_per_node", "2", "-m", "align"],
+    "deepspeed with local_rank": [*deepspeed("--module"), "align"],
+    "torchrun": [*torchrun(), "-m", "align"],
 }
 
 

@@ -1,8 +1,6 @@
 """Two updates of PPO are the same on one rank and on two, whatever is sharded."""
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -15,9 +13,9 @@ from align.models.load import load_tokenizer
 from align.models.reward import load_reward_model, set_statistics
 from align.tracking.local import read_metrics
 from align.trainers.samples import read_samples
+from tests.launching import REPO, deepspeed, run_modes
 
-HERE = Path(__file__).resolve().parent
-REPO = HERE.parents[1]
+SCRIPT = Path(__file__).with_name("ppo_ranks.py")
 ONE_RANK = {"one": "", "one_padded_split": "micro=1", "one_lora": "peft=lora"}
 TWO_RANKS = {
     "ddp": "",
@@ -26,20 +24,6 @@ TWO_RANKS = {
     "zero3_lora": "zero=3,peft=lora",
 }
 PAIRS = [("one_padded_split", "one"), ("ddp", "one"), ("zero2", "one"), ("zero3", "one"), ("zero3_lora", "one_lora")]
-
-
-def launch(launcher: list[str], folder: Path, modes: dict[str, str]) -> None:
-    environment = {**os.environ, "PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"}
-    words = [f"{name}:{settings}" for name, settings in modes.items()]
-    done = subprocess.run(
-        [*launcher, str(HERE / "ppo_ranks.py"), str(folder), *words],
-        cwd=folder,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
 
 
 def make_reward_model(folder: Path) -> None:
@@ -54,9 +38,8 @@ def make_reward_model(folder: Path) -> None:
 def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("ranks")
     make_reward_model(folder / "reward_model")
-    launch([sys.executable], folder, ONE_RANK)
-    deepspeed = str(Path(sys.executable).with_name("deepspeed"))
-    launch([deepspeed, "--num_gpus", "2", "--no_local_rank"], folder, TWO_RANKS)
+    run_modes([sys.executable], SCRIPT, folder, ONE_RANK)
+    run_modes(deepspeed("--no_local_rank"), SCRIPT, folder, TWO_RANKS)
     return folder
 
 

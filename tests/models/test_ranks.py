@@ -2,14 +2,13 @@
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.conftest import REPO
+from tests.launching import REPO, deepspeed
 from tests.models.ranks import RANKS, build, train
 
 WAYS = ["separate-ddp", "separate-zero3", "shared-ddp", "shared-zero3"]
@@ -19,9 +18,8 @@ WAYS = ["separate-ddp", "separate-zero3", "shared-ddp", "shared-zero3"]
 def saved(tmp_path_factory) -> Path:
     """The folder with what each way has saved."""
     folder = tmp_path_factory.mktemp("ranks")
-    deepspeed = str(Path(sys.executable).with_name("deepspeed"))
     done = subprocess.run(
-        [deepspeed, "--num_gpus", str(RANKS), "--no_local_rank", str(REPO / "tests/models/ranks.py"), folder, *WAYS],
+        [*deepspeed("--no_local_rank", ranks=RANKS), str(REPO / "tests/models/ranks.py"), folder, *WAYS],
         cwd=folder,
         env={**os.environ, "PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"},
         capture_output=True,

@@ -2,12 +2,9 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from collections import Counter
-from contextlib import closing
-from pathlib import Path
 
 import pytest
 
@@ -19,8 +16,8 @@ from align.stages.speakers import speaker_configs
 from tests.constitutional.making import by_kind, constitution, seen, speaker
 from tests.constitutional.ranks import SETTINGS
 from tests.constitutional.whole import contents, helpful_rows, lines, prompt_rows, run_whole, some_model
+from tests.launching import REPO, free_port
 
-REPO = Path(__file__).resolve().parents[2]
 LOCAL = SpeakerConfig(model="tiny-sft")
 
 
@@ -143,16 +140,10 @@ def test_the_critic_is_the_generator_and_the_judge_the_critic_unless_they_are_na
     assert found == {"generator": one, "critic": one, "judge": other}
 
 
-def free_port():
-    with closing(socket.socket()) as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
-
-
 def launch(folder, ranks):
     """One process a rank, joined by gloo; returns how much each asked."""
     folder.mkdir(exist_ok=True)
-    port, processes = str(free_port()), []
+    port, processes = free_port(), []
     for rank in range(ranks):
         names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         environment = {**os.environ, "PYTHONPATH": str(REPO), "CUDA_VISIBLE_DEVICES": ""}
