@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from align.config.errors import UserError
+from align.config.redaction import redacted
 
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
 STARTED = "started.json"
+MODEL_CARD = "README.md"
 PACKAGES = ("align-train", "torch", "transformers", "trl", "peft", "deepspeed", "datasets", "accelerate", "tokenizers")
 
 
@@ -96,14 +98,23 @@ def digest_model(path: Path) -> str:
     Raises: UserError if the folder holds no weights.
     """
     manifest = read_json(path.parent / MANIFEST)
-    if manifest is not None:
-        inside = {o["path"]: o["sha256"] for o in manifest["outputs"] if o["path"].startswith(f"{path.name}/")}
-        if inside:
-            return digest_value(inside)
+    signed = None if manifest is None else digest_of_output(manifest["outputs"], path.name)
+    if signed is not None:
+        return signed
     files = sorted(p for p in path.iterdir() if p.suffix in {".safetensors", ".json", ".bin", ".model", ".jinja"})
     if not files:
         raise UserError(f"{path}: no model files here; give a Hugging Face model folder or a hub id")
     return digest_value({f"{path.name}/{p.name}": digest_file(p) for p in files})
+
+
+def digest_of_output(outputs: list[dict[str, Any]], name: str) -> str | None:
+    """Digest of what a stage signed for under a name, as `digest_model` or a data slot gives it to the stage that takes
+    it in: of a model folder without its card, or of one file. None if there is no such output."""
+    card = f"{name}/{MODEL_CARD}"
+    inside = {o["path"]: o["sha256"] for o in outputs if o["path"].startswith(f"{name}/") and o["path"] != card}
+    if inside:
+        return digest_value(inside)
+    return next((o["sha256"] for o in outputs if o["path"] == name), None)
 
 
 def damaged_outputs(stage_dir: Path, manifest: Manifest) -> list[str]:
@@ -141,7 +152,7 @@ def write_manifest(stage_dir: Path, manifest: Manifest) -> None:
     """The last act of a stage. Call on rank 0 after a barrier."""
     manifest.packages = package_versions()
     manifest.git_commit = git_commit()
-    write_json(stage_dir / MANIFEST, asdict(manifest))
+    write_json(stage_dir / MANIFEST, redacted(asdict(manifest)))
 
 
 def package_versions() -> dict[str, str]:

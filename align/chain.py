@@ -3,6 +3,8 @@
 import errno
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +12,14 @@ from omegaconf import OmegaConf
 
 from align import artifacts
 from align.artifacts import Manifest
-from align.config.errors import UserError
+from align.config import command_line
+from align.config.errors import Stopped, UserError
 from align.config.keys import slots_of
 from align.config.rewards import RewardSetting, parse_rewards
 from align.config.schema import (
     ConstitutionalStage,
+    EvaluateStage,
+    JudgeKind,
     ModelConfig,
     PPOStage,
     RunConfig,
@@ -28,17 +33,22 @@ from align.distributed import runtime
 from align.distributed.runtime import Runtime
 from align.models.load import check_model, context_length, load_config
 from align.models.reward import has_score_head
-from align.stages.context import RunContext, flat, plain, stage_record
+from align.stages.agreement import refuse_unequal_config
+from align.stages.context import RunContext, flat, plain, saved_config, stage_record
+from align.stages.out_of_memory import memory_refusal
 from align.stages.rows import maker_of, prepare_ahead, starting_model
 from align.stages.saving import POLICY, REWARD_MODEL
 from align.stages.session import input_digests
 from align.stages.speakers import ROLES
 from align.stages.table import RUN
 from align.tracking.progress import say
+from align.tracking.rank_logs import rank_log
+from align.tracking.report_files import leave_report
 from align.tracking.summary import summary
 from align.tracking.wandb_run import check_wandb
 from align.trainers.quiet import quiet_libraries
 from align.trainers.reward_sources import FUNCTION_FAILED, FunctionReward, function_digest
+from align.trainers.stopping import STOP
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 # safetensors and torch report a full disk in their own words.
@@ -50,28 +60,36 @@ IN_THE_WAY = (errno.EEXIST, errno.ENOTDIR, errno.EISDIR)
 def run_chain(config: RunConfig) -> list[Manifest]:
     """Run, resume or skip every stage of `config.run`; returns their manifests and prints the summary.
 
-    Raises: UserError for anything a person can mend.
+    Raises: UserError for anything a person can mend; Stopped if SIGTERM or SIGUSR1 came.
     """
+    with STOP.caught():
+        return _run_chain(config)
+
+
+def _run_chain(config: RunConfig) -> list[Manifest]:
     run_dir = Path(config.run_dir)
     quiet_libraries()
-    try:
+    with _disk_errors_named(run_dir):
         check_chain(config, run_dir)
         run_dir.mkdir(parents=True, exist_ok=True)
         _check_writable(run_dir)
-        prepare_ahead(config, run_dir)
-        this = runtime.start(
-            deepspeed=config.deepspeed.mode is not ZeroChoice.none
-            and (config.deepspeed.mode is ZeroChoice.zero or runtime.launched_world_size() > 1),
-            timeout_seconds=config.deepspeed.timeout_seconds,
-        )
-        manifests = [_run_stage(config, name, run_dir, this) for name in config.run]
-    except UserError:
+    timeout = config.deepspeed.timeout_seconds
+    log = rank_log(run_dir, runtime.launched_rank(), runtime.launched_world_size())
+    try:
+        with log, runtime.watched(timeout), _disk_errors_named(run_dir):
+            prepare_ahead(config, run_dir)
+            this = runtime.start(
+                deepspeed=config.deepspeed.mode is not ZeroChoice.none
+                and (config.deepspeed.mode is ZeroChoice.zero or runtime.launched_world_size() > 1),
+                timeout_seconds=timeout,
+            )
+            refuse_unequal_config(config)
+            manifests = [_run_stage(config, name, run_dir, this) for name in config.run]
+    except Stopped:
+        runtime.stop()
         raise
-    except Exception as error:
-        if (refusal := _disk_refusal(error, run_dir)) is None:
-            raise
-        raise refusal from error
     if this.is_main:
+        leave_report(run_dir)
         print(summary(config, run_dir, manifests))
     runtime.stop()
     return manifests
@@ -142,11 +160,18 @@ def _wires(name: str, stage: Any) -> dict[str, str]:
         speakers = {role: getattr(stage, role) for role in ROLES}
         local = {role: one for role, one in speakers.items() if one.model and one.backend is not SpeakerBackend.server}
         return {f"stages.{name}.{role}.model": one.model for role, one in local.items()}
-    return {f"stages.{name}.models.{key}": path for key, path in stage.models.items()}
+    wires = {f"stages.{name}.models.{key}": path for key, path in stage.models.items()}
+    judge = stage.judge
+    if judge.kind is JudgeKind.model and judge.speaker.model and judge.speaker.backend is not SpeakerBackend.server:
+        wires[f"stages.{name}.judge.speaker.model"] = judge.speaker.model
+    return wires | _reward_wires(name, stage)
 
 
 def _reward_wires(name: str, stage: Any) -> dict[str, str]:
-    """Config key -> reward model for those among the rewards of a stage."""
+    """Config key -> reward model for those among the rewards of a stage, and the judge of an evaluation."""
+    if isinstance(stage, EvaluateStage):
+        judged = stage.judge.kind is JudgeKind.reward and stage.judge.reward_model
+        return {f"stages.{name}.judge.reward_model": stage.judge.reward_model} if judged else {}
     models = {setting.name: setting.model for setting in _rewards(stage)}
     return {f"stages.{name}.rewards.{reward}.model": model for reward, model in models.items() if model}
 
@@ -161,7 +186,7 @@ def _check_wires(config: RunConfig, name: str, earlier: list[str], run_dir: Path
     rewards = _reward_wires(name, stage)
     for key, wire in _wires(name, stage).items():
         try:
-            there = _check_wire(key, wire, earlier, run_dir, keep_adapter=config.peft.keep_adapter)
+            there = _check_wire(key, wire, earlier, config, run_dir)
             if there and key in rewards:
                 _check_score_head(key, wire, config.model)
         except UserError as error:
@@ -183,9 +208,9 @@ def _check_score_head(key: str, wire: str, model: ModelConfig) -> None:
         raise UserError(f"{key}={wire}: not a reward model, it has no score head")
 
 
-def _check_wire(key: str, wire: str, earlier: list[str], run_dir: Path, *, keep_adapter: bool) -> bool:
+def _check_wire(key: str, wire: str, earlier: list[str], config: RunConfig, run_dir: Path) -> bool:
     """Whether the model is there; if not, an earlier stage of the run will make it. Raises: UserError."""
-    path = Path(wire)
+    path, keep_adapter = Path(wire), config.peft.keep_adapter
     if path.parent.parent == run_dir and path.name in (POLICY, REWARD_MODEL):
         producer = path.parent.name
         if producer in earlier and keep_adapter:
@@ -197,14 +222,27 @@ def _check_wire(key: str, wire: str, earlier: list[str], run_dir: Path, *, keep_
             return False
         if artifacts.read_manifest(path.parent) is None:
             raise UserError(f"{key}={wire}: stage {producer} has not run; run it first, or put it before in run=")
-    check_model(wire, where=key)
+    check_model(wire, where=key, pickled=config.model.pickled_weights)
     return True
 
 
 def _check_writable(run_dir: Path) -> None:
-    probe = run_dir / f".writable-{os.getpid()}"
+    # Ranks on several nodes may have the same process id.
+    probe = run_dir / f".writable-{runtime.launched_rank()}-{os.getpid()}"
     probe.write_text("")
-    probe.unlink()
+    probe.unlink(missing_ok=True)
+
+
+@contextmanager
+def _disk_errors_named(run_dir: Path) -> Iterator[None]:
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        if (refusal := _disk_refusal(error, run_dir)) is None:
+            raise
+        raise refusal from error
 
 
 def _disk_refusal(error: Exception, run_dir: Path) -> UserError | None:
@@ -234,7 +272,12 @@ def _run_stage(config: RunConfig, name: str, run_dir: Path, this: Runtime) -> Ma
     if this.is_main:
         _start_stage(context)
     runtime.barrier()
-    manifest = RUN[name](getattr(config.stages, name), context)
+    try:
+        manifest = RUN[name](getattr(config.stages, name), context)
+    except (RuntimeError, MemoryError) as error:
+        if (refusal := memory_refusal(error, context)) is None:
+            raise
+        raise refusal from error
     runtime.barrier()
     if this.is_main:
         artifacts.write_manifest(context.stage_dir, manifest)
@@ -309,8 +352,8 @@ def _refuse_changed(context: RunContext, then: dict[str, str], now: dict[str, st
 def _start_stage(context: RunContext) -> None:
     context.stage_dir.mkdir(parents=True, exist_ok=True)
     record = stage_record(context.config, context.stage_name, context.run_dir)
-    (context.stage_dir / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(plain(context.config))))
-    started = {"config": record, "functions": _function_digests(context)}
+    (context.stage_dir / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(saved_config(context.config))))
+    started = {"config": record, "functions": _function_digests(context), "command": command_line.typed()}
     artifacts.write_json(context.stage_dir / artifacts.STARTED, started)
     (context.stage_dir / FUNCTION_FAILED).unlink(missing_ok=True)
 

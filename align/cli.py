@@ -16,24 +16,32 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from align import __version__
-from align.config import listing
-from align.config.errors import UserError
+from align.config import command_line, listing
+from align.config.errors import RankLost, Stopped, UserError
+from align.config.redaction import redacted_text
 from align.config.schema import RunConfig, Verb
 
 USER_ERROR, INTERRUPTED = 2, 130
 
 
 def main(arguments: list[str]) -> int:
-    """Run a command line; returns the exit code: 0, 2 for anything the user can mend, 130 when interrupted."""
+    """Run a command line; returns the exit code: 0 (also when stopped by SIGTERM or SIGUSR1), 2 for anything the user
+    can mend, 130 when interrupted."""
+    command_line.remember(_as_typed(arguments))
     try:
         return _dispatch(arguments)
     except UserError as error:
         if os.environ.get("ALIGN_DEBUG"):
-            traceback.print_exc()
+            print(redacted_text(traceback.format_exc()), file=sys.stderr)
         _say(str(error))
         return USER_ERROR
+    except RankLost as lost:
+        return lost.exit_code
+    except Stopped as stopped:
+        _say(f"{stopped}; the same command goes on: {_as_typed(arguments)}")
+        return 0
     except KeyboardInterrupt:
-        _say(f"interrupted; the same command resumes: {' '.join(['python -m align', *map(shlex.quote, arguments)])}")
+        _say(f"interrupted; the same command resumes: {_as_typed(arguments)}")
         return INTERRUPTED
     except BrokenPipeError:
         # `| head` closed our output; nobody is left to tell.
@@ -41,8 +49,12 @@ def main(arguments: list[str]) -> int:
         return 0
 
 
-def run(config: RunConfig) -> None:
-    """Do what the verb says."""
+def _as_typed(arguments: list[str]) -> str:
+    return " ".join(["python -m align", *map(shlex.quote, arguments)])
+
+
+def run(config: RunConfig) -> int:
+    """Do what the verb says; returns the exit code: 0, of `do=doctor` 1 where something failed."""
     if config.do is Verb.recipes:
         from align.verbs.recipes import show_recipe
 
@@ -63,11 +75,25 @@ def run(config: RunConfig) -> None:
         from align.verbs.convert import run_convert
 
         run_convert(config)
+    elif config.do is Verb.doctor:
+        from align.chain import check_chain
+        from align.verbs.doctor import run_doctor
+
+        return run_doctor(config, check_chain)
+    elif config.do is Verb.report:
+        from align.verbs.report import run_report
+
+        run_report(config)
+    elif config.do is Verb.env:
+        from align.verbs.launch_env import run_env
+
+        run_env(config)
     else:
         assert config.do is Verb.train
         from align.chain import run_chain
 
         run_chain(config)
+    return 0
 
 
 def _dispatch(arguments: list[str]) -> int:
@@ -88,7 +114,7 @@ def _dispatch(arguments: list[str]) -> int:
     elif "do=recipes" in flags.overrides and not any("recipe=" in o for o in flags.overrides):
         print(listing.recipe_list(user_dir))
     else:
-        _single_run(flags, user_dir)
+        return _single_run(flags, user_dir)
     return 0
 
 
@@ -110,7 +136,7 @@ def _refuse_flags(message: str) -> NoReturn:
     raise UserError(f"{message}; see --help")
 
 
-def _single_run(flags: argparse.Namespace, user_dir: Path | None) -> None:
+def _single_run(flags: argparse.Namespace, user_dir: Path | None) -> int:
     from align.config.store import compose_run
 
     composed = compose_run(flags.overrides, user_dir)
@@ -118,8 +144,8 @@ def _single_run(flags: argparse.Namespace, user_dir: Path | None) -> None:
         _say(note)
     if flags.cfg:
         print(_yaml(composed.tree, flags.package, flags.resolve), end="")
-    else:
-        run(composed.config)
+        return 0
+    return run(composed.config)
 
 
 def _yaml(tree: Any, package: str | None, resolve: bool) -> str:
@@ -147,17 +173,26 @@ def _sweep(arguments: list[str], user_dir: Path | None) -> int:
         store.compose_run(member, user_dir)
     fixed = {o.input_line for o in overrides if not o.is_sweep_override()}
     failed: list[str] = []
+    stopped: list[Stopped] = []
 
     def run_member(_: Any) -> None:
+        if stopped:
+            return
         member = list(HydraConfig.get().overrides.task)
         name = member_name([line for line in member if line not in fixed])
         base = store.compose_run(member, user_dir).config.run_dir
         folder = f"{base}/{name}" if name else base
         without = [line for line in member if not line.startswith("run_dir=")]
-        composed = store.compose_run([*without, f"run_dir={store.quoted(folder)}"], user_dir)
+        member = [*without, f"run_dir={store.quoted(folder)}"]
+        composed = store.compose_run(member, user_dir)
+        command_line.remember(_as_typed(member))
         _say(f"sweep: {name or 'one run'} in {folder}")
         try:
-            run(composed.config)
+            if run(composed.config):
+                failed.append(name)
+        except Stopped as stop:
+            # Hydra would print a traceback of it.
+            stopped.append(stop)
         except UserError as error:
             failed.append(name)
             _say(f"sweep: {name}: {error}")
@@ -169,6 +204,8 @@ def _sweep(arguments: list[str], user_dir: Path | None) -> int:
         _hydra_main(["-m", *own_dir, *arguments, f"hydra.sweep.dir={scratch}"], run_member)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+    if stopped:
+        raise stopped[0]
     if failed:
         _say(f"sweep: {len(failed)} failed: {'; '.join(failed)}")
     return USER_ERROR if failed else 0
@@ -208,4 +245,4 @@ def _hydra_main(arguments: list[str], task: Any = None) -> None:
 def _say(message: str) -> None:
     """One line on stderr, from the first rank of a launch."""
     if os.environ.get("RANK", "0") == "0":
-        print(f"align: {' '.join(message.splitlines())}", file=sys.stderr)
+        print(f"align: {redacted_text(' '.join(message.splitlines()))}", file=sys.stderr)

@@ -17,6 +17,7 @@ FLOORS = {
     "stages": 5,
     "constitutional": 4,
     "trainers": 4,
+    "evaluation": 3,
     "generation": 3,
     "losses": 2,
     "models": 2,

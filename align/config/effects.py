@@ -13,11 +13,14 @@ from align.config.rewards import parse_rewards
 from align.config.schema import (
     Advantage,
     ConstitutionalStage,
+    JudgeConfig,
+    JudgeKind,
     KLController,
     OnBadRows,
     PairLoss,
     PairSource,
     PeftMethod,
+    ReportTo,
     RewardTarget,
     RunConfig,
     SpeakerBackend,
@@ -88,12 +91,18 @@ def _not_doing(*verbs: Verb) -> Callable[[Typed], bool]:
     return lambda typed: typed.config.do not in verbs
 
 
+def _nothing_for_wandb(typed: Typed) -> bool:
+    """Neither runs nor a report."""
+    reported = typed.config.do is Verb.report and typed.config.report.to is ReportTo.wandb
+    return not typed.config.log.wandb and not reported
+
+
 def _no_trained_stage(typed: Typed) -> bool:
     stages = [getattr(typed.config.stages, name) for name in typed.config.run]
     return not any(isinstance(stage, StageConfig) for stage in stages)
 
 
-def _models(config: RunConfig) -> Iterator[str]:
+def models_of(config: RunConfig) -> Iterator[str]:
     """Every model that the run loads, by path or id."""
     yield config.model.path
     for name in config.run:
@@ -105,6 +114,8 @@ def _models(config: RunConfig) -> Iterator[str]:
             yield from (one.model for one in speakers if one.model and one.backend is not SpeakerBackend.server)
         else:
             yield from stage.models.values() if name == "evaluate" else [stage.policy]
+        if name == "evaluate":
+            yield from _judges(stage.judge)
         for field in fields(stage):
             if field.name in ("reference", "value") and getattr(stage, field.name):
                 yield getattr(stage, field.name)
@@ -112,12 +123,25 @@ def _models(config: RunConfig) -> Iterator[str]:
             yield from (str(setting.model) for setting in parse_rewards(stage.rewards) if setting.model)
 
 
+def _judges(judge: JudgeConfig) -> Iterator[str]:
+    if judge.kind is JudgeKind.reward and judge.reward_model:
+        yield judge.reward_model
+    if judge.kind is JudgeKind.model and judge.speaker.model and judge.speaker.backend is not SpeakerBackend.server:
+        yield judge.speaker.model
+
+
 def _no_model_from_hub(typed: Typed) -> bool:
-    return all(model.startswith("tiny-") or Path(model).expanduser().is_dir() for model in _models(typed.config))
+    return all(model.startswith("tiny-") or Path(model).expanduser().is_dir() for model in models_of(typed.config))
 
 
 def _only_embedded_models(typed: Typed) -> bool:
-    return all(model.startswith("tiny-") for model in _models(typed.config))
+    return all(model.startswith("tiny-") for model in models_of(typed.config))
+
+
+def _only_safetensors(typed: Typed) -> bool:
+    """Whether every model of the run is embedded, or a folder whose weights are safetensors."""
+    folders = [Path(model).expanduser() for model in models_of(typed.config) if not model.startswith("tiny-")]
+    return all(any(folder.glob("*.safetensors")) for folder in folders)
 
 
 Rule = tuple[str, Callable[[Typed], bool], str]
@@ -139,9 +163,10 @@ RULES: tuple[Rule, ...] = (
         for key in ("deepspeed.stage", "deepspeed.offload")
     ),
     *(
-        (f"log.{key}", lambda t: not t.config.log.wandb, "nothing is sent to wandb; add log=wandb")
+        (f"log.{key}", _nothing_for_wandb, "nothing is sent to wandb; add log=wandb")
         for key in ("project", "entity", "mode")
     ),
+    ("log.upload_models", lambda t: not t.config.log.wandb, "nothing is sent to wandb; add log=wandb"),
     *(
         (pattern, _unread_slot, "no stage of this run ({run}) reads it; they read {slots}")
         for slot in sorted(EVERY_SLOT)
@@ -152,7 +177,10 @@ RULES: tuple[Rule, ...] = (
         lambda t: t.config.data.on_bad_rows is OnBadRows.drop,
         "data.on_bad_rows=drop never stops",
     ),
-    ("out", _not_doing(Verb.convert), "only do=convert writes it"),
+    ("plan.*", _not_doing(Verb.plan), "only do=plan reads it; add do=plan"),
+    ("out", _not_doing(Verb.convert, Verb.report), "only do=convert and do=report write it"),
+    ("report.*", _not_doing(Verb.report), "only do=report reads it; add do=report"),
+    ("launch.*", _not_doing(Verb.env), "only do=env reads it; add do=env"),
     ("data.rankings", _not_doing(Verb.convert), "only do=convert asks; training on pairs takes all pairs of a ranking"),
     *(
         (pattern, _not_doing(Verb.check), "only do=check reads it; add do=check")
@@ -160,11 +188,22 @@ RULES: tuple[Rule, ...] = (
     ),
     ("model.revision", _no_model_from_hub, "only a hub id has revisions, and no model of this run is one"),
     ("model.trust_remote_code", _only_embedded_models, "the embedded models come without code"),
+    ("model.pickled_weights", _only_safetensors, "the models of this run have safetensors, which are taken first"),
     ("stages.*.epochs", lambda t: t.stage.max_steps is not None, "stages.{stage}.max_steps takes the place of epochs"),
     (
         "stages.*.keep_checkpoints",
         lambda t: t.stage.save_every == 0,
         "stages.{stage}.save_every=0 writes no checkpoints",
+    ),
+    (
+        "stages.ppo.keep_best",
+        lambda t: True,
+        "PPO has no held-out loss; where stages.ppo.stop_on ends a run, the best checkpoint before is kept",
+    ),
+    (
+        "stages.*.keep_best",
+        lambda t: t.stage.eval_every == 0,
+        "nothing is judged between the first step and the last; add stages.{stage}.eval_every=50",
     ),
     (
         "stages.dpo.label_smoothing",
@@ -237,6 +276,34 @@ RULES: tuple[Rule, ...] = (
         )
         for key in keys
     ),
-    ("stages.evaluate.seed", lambda t: t.stage.temperature == 0, "stages.evaluate.temperature=0 samples nothing"),
+    (
+        "stages.evaluate.seed",
+        lambda t: t.stage.temperature == 0 and not t.stage.kl_prompts,
+        "stages.evaluate.temperature=0 and kl_prompts=0 sample nothing",
+    ),
+    ("stages.evaluate.beta", lambda t: not t.stage.max_pairs, "stages.evaluate.max_pairs=0 weighs no pairs"),
+    (
+        "stages.evaluate.max_tokens",
+        lambda t: not t.stage.max_pairs and not t.stage.max_texts,
+        "stages.evaluate.max_pairs=0 and max_texts=0 read nothing",
+    ),
+    (
+        "stages.evaluate.resamples",
+        lambda t: t.stage.judge.kind is JudgeKind.none,
+        "stages.evaluate.judge.kind=none judges nothing",
+    ),
+    *(
+        (
+            f"stages.evaluate.judge.{key}",
+            lambda t, kind=kind: t.stage.judge.kind is not kind,
+            f"only stages.evaluate.judge.kind={kind.name} reads it",
+        )
+        for kind, pattern in (
+            (JudgeKind.reward, ("reward_model",)),
+            (JudgeKind.function, ("function",)),
+            (JudgeKind.model, ("constitution", "speaker.*")),
+        )
+        for key in pattern
+    ),
 )
 """(keys, true where they change nothing, why)"""

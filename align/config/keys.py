@@ -34,6 +34,10 @@ def slots_of(config: RunConfig, stage: str) -> tuple[str, ...]:
     mixed: tuple[str, ...] = ()
     if stage == "ppo" and config.stages.ppo is not None and config.stages.ppo.pretraining_weight > 0:
         mixed = ("text",)
+    judged = config.stages.evaluate
+    if stage == "evaluate" and judged is not None:
+        wanted = {"preferences": judged.max_pairs, "text": judged.max_texts, "demonstrations": judged.few_shot}
+        mixed = tuple(slot for slot, count in wanted.items() if count and getattr(config.data, slot))
     made = config.stages.constitutional
     if stage == "constitutional" and made is not None and made.helpful_ratio > 0 and config.data.helpful:
         mixed = ("helpful",)

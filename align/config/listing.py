@@ -10,10 +10,13 @@ GROUPS = ("stage", "model", "data", "peft", "deepspeed", "log")
 
 VERBS = {
     Verb.train: "run the stages of a recipe (the default)",
-    Verb.plan: "what the constitutional stage would ask of its models: calls, tokens, time or price; writes nothing",
+    Verb.plan: "does it fit: memory by ZeRO stage, steps, disk; of constitutional data calls, tokens, price",
     Verb.check: "the data doctor: what is in the rows, what is wrong with them, what the limits cost; trains nothing",
+    Verb.doctor: "whether this machine, or each of a launch, can do this run; exit code 1 if not; trains nothing",
     Verb.preview: "show rendered rows with what is learnt marked; trains nothing",
     Verb.convert: "write the rows of one slot as canonical JSONL to out=FILE",
+    Verb.env: "write .deepspeed_env, the variables that a launch by hostfile sends to other nodes",
+    Verb.report: "one page of a run, or of several compared; its lineage as a tree; with report.to=wandb a W&B Report",
     Verb.recipes: "list the recipes; with +recipe=NAME show what that one would run",
 }
 

@@ -23,6 +23,8 @@ class RewardSetting:
     """`module:name` of a Python function."""
     weight: float = 1.0
     """The score is multiplied by this; negative for what should become less."""
+    where: str = ""
+    """The setting that names the function, where it is not one of `stages.ppo.rewards`."""
 
 
 def parse_rewards(rewards: Mapping[str, Any]) -> list[RewardSetting]:
@@ -56,7 +58,7 @@ def _setting(name: str, value: Any) -> RewardSetting:
     if model is not None and not (isinstance(model, str) and model):
         raise UserError(f"{key}.model={model}: give the folder of a reward model, or a hub id")
     if function is not None:
-        _check_function(f"{key}.function", function)
+        check_function(f"{key}.function", function)
     return RewardSetting(name, model, function, weight)
 
 
@@ -69,7 +71,7 @@ def _weight(key: str, value: Any) -> float:
     return float(value)
 
 
-def _check_function(key: str, value: Any) -> None:
+def check_function(key: str, value: Any) -> None:
     """Refuse what is not `module:name`; whether it exists is known once it is imported."""
     module, colon, name = value.partition(":") if isinstance(value, str) else ("", "", "")
     if module.endswith(".py") or "/" in module:

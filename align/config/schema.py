@@ -14,8 +14,11 @@ class Verb(Enum):
     train = "train"
     plan = "plan"
     check = "check"
+    doctor = "doctor"
     preview = "preview"
     convert = "convert"
+    env = "env"
+    report = "report"
     recipes = "recipes"
 
 
@@ -153,6 +156,15 @@ class SpeakerBackend(Enum):
     server = "server"
 
 
+class JudgeKind(Enum):
+    """Who says which of two replies is better: nobody, a model by a constitution, a reward model, or a function."""
+
+    none = "none"
+    model = "model"
+    reward = "reward"
+    function = "function"
+
+
 class Draw(Enum):
     """How the principles of a prompt's rounds are drawn, likelier by weight; `in_order` takes them as written."""
 
@@ -203,6 +215,13 @@ class Offload(Enum):
     cpu = "cpu"
 
 
+class ReportTo(Enum):
+    """`wandb` writes the page as well, and makes or updates one W&B Report of the runs that log=wandb made."""
+
+    html = "html"
+    wandb = "wandb"
+
+
 class WandbMode(Enum):
     """`offline` writes files that `wandb sync` sends later."""
 
@@ -222,6 +241,8 @@ class ModelConfig:
     """For a tokenizer that has none: a .jinja file, or `plain` (roles as words, no new tokens). Also replaces one."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model."""
+    pickled_weights: bool = False
+    """Also take weights in PyTorch's pickle format (*.bin), read without running code; else only safetensors."""
 
 
 @dataclass
@@ -287,8 +308,36 @@ class DeepSpeedConfig:
     """ZeRO stage 0-3, when mode=zero."""
     offload: Offload = Offload.none
     """none | cpu"""
-    timeout_seconds: int = 1800
-    """A collective that takes longer ends the run on every rank."""
+    timeout_seconds: int = 600
+    """A rank that does not come to a collective, or is not heard of, for so long ends the run on every rank."""
+
+
+@dataclass
+class LaunchConfig:
+    """What a launch on several nodes needs besides the launcher."""
+
+    env: List[str] = field(default_factory=list)
+    """`do=env`: names of variables to send to other nodes beyond those it sends anyway; the only way for a secret."""
+
+
+@dataclass
+class PlanConfig:
+    """`do=plan`: the machine that is planned for, where it is not this one under its launcher."""
+
+    gpus: Optional[int] = None
+    """Ranks, one a GPU, over all nodes; null: as many as the launcher has started."""
+    gpu_memory_gib: Optional[float] = None
+    """Memory of a GPU; null: of the one here, or on a CPU a rank's share of main memory."""
+
+
+@dataclass
+class ReportConfig:
+    """`do=report`: which runs, and where their report goes."""
+
+    runs: List[str] = field(default_factory=list)
+    """Run folders to compare on one page; `*` matches, as in 'runs/sweep/*'. Empty: the run of this command line."""
+    to: ReportTo = ReportTo.html
+    """html | wandb. wandb is html and a W&B Report in log.project; without login or network its spec, as a file."""
 
 
 @dataclass
@@ -305,6 +354,8 @@ class LogConfig:
     """online | offline; the environment variable WANDB_MODE wins."""
     every: int = 1
     """Optimizer steps between logged lines."""
+    upload_models: bool = False
+    """Send the weights of finished stages to wandb. false: their digests alone, enough for the lineage graph."""
 
 
 @dataclass
@@ -343,6 +394,10 @@ class StageConfig:
     """Optimizer steps between checkpoints. 0: none, an interrupted stage starts again."""
     keep_checkpoints: int = 2
     """Newest checkpoints kept while training; all are removed once the stage is complete."""
+    keep_best: bool = False
+    """The policy is that of the evaluation with the lowest held-out loss, not of the last step. Needs eval_every."""
+    max_nonfinite_steps: int = 3
+    """Steps whose loss or gradient is not finite are skipped and counted; one more than this ends the run."""
 
 
 @dataclass
@@ -602,11 +657,49 @@ class ConstitutionalStage:
 
 
 @dataclass
+class JudgeConfig:
+    """Who says how often a model's replies are better than the baseline's."""
+
+    kind: JudgeKind = JudgeKind.none
+    """none | model | reward | function"""
+    speaker: SpeakerConfig = field(default_factory=SpeakerConfig)
+    """kind=model: where it runs. It is asked in both orders."""
+    constitution: str = "quality"
+    """kind=model: its principles are the questions; a shipped name or a YAML file."""
+    reward_model: Optional[str] = None
+    """kind=reward: a reward model's folder or hub id, or the output of an earlier stage; the higher score is better."""
+    function: Optional[str] = None
+    """kind=function: `module:name`, called as a reward function of PPO is; the higher number is better."""
+
+
+@dataclass
 class EvaluateStage:
-    """Replies of several models to the same held-out prompts, side by side; judged where the data knows the truth."""
+    """Several models side by side, on the same held-out prompts, pairs and texts: which is better, and what it cost."""
 
     models: Dict[str, str] = field(default_factory=dict)
     """Name -> folder, hub id, embedded name, or the output of an earlier stage."""
+    baseline: str = "base"
+    """Name of the model that the others are compared with."""
+    few_shot: int = 0
+    """One more column, the baseline shown so many answered prompts first, of `data.demonstrations`. 0: none."""
+    judge: JudgeConfig = field(default_factory=JudgeConfig)
+    """Of win rates."""
+    kl_prompts: int = 64
+    """Prompts for which each model samples at temperature 1, for its KL to the baseline and its entropy. 0: none."""
+    max_pairs: int = 256
+    """Held-out rows of `data.preferences` that each model weighs. 0: none."""
+    max_texts: int = 64
+    """Held-out pieces of `data.text` that each model reads, to see what it forgot. 0: none."""
+    max_tokens: int = 1024
+    """Longest pair or piece of text."""
+    beta: float = 0.1
+    """Of the implicit reward, beta * log-probability over the baseline's, whose calibration on pairs is told."""
+    tasks: List[str] = field(default_factory=list)
+    """Files of questions with one right answer (`question`, `answer`), told by exact match."""
+    instructions: List[str] = field(default_factory=list)
+    """Files of prompts with instructions that a rule can check (`prompt`, `instruction_id_list`, `kwargs`)."""
+    resamples: int = 2000
+    """Bootstrap resamples of prompts for each interval."""
     max_prompts: int = 64
     """Prompts answered by each model, the first ones in file order (for the embedded world: of each kind)."""
     max_new_tokens: int = 64
@@ -646,7 +739,7 @@ class RunConfig:
     run_dir: str = "runs/${name}"
     """Everything the run writes. The same command again resumes or skips; a changed config is refused."""
     out: Optional[str] = None
-    """`do=convert`: the JSONL file to write (.gz compresses). Never overwritten."""
+    """`do=convert`: the JSONL file to write (.gz compresses), never overwritten. `do=report`: where the page goes."""
     cache_dir: str = "${oc.env:ALIGN_CACHE,'~/.cache/align'}"
     """Tokenised rows and reference log-probabilities, shared by runs."""
     precision: Precision = Precision.auto
@@ -655,5 +748,8 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     peft: PeftConfig = field(default_factory=PeftConfig)
     deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)
+    launch: LaunchConfig = field(default_factory=LaunchConfig)
+    plan: PlanConfig = field(default_factory=PlanConfig)
+    report: ReportConfig = field(default_factory=ReportConfig)
     log: LogConfig = field(default_factory=LogConfig)
     stages: Stages = field(default_factory=Stages)

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ class Journal:
 
     def __init__(self, folder: Path, name: str, rank: int):
         folder.mkdir(parents=True, exist_ok=True)
+        name = re.sub(r"[^\w.]+", "_", name)
         self.known: dict[str, dict[str, Any]] = {}
         for file in sorted(folder.glob(f"{name}-*.jsonl")):
             self.known |= {line.pop("key"): line for line in whole_lines(file)}

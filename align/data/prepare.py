@@ -145,6 +145,23 @@ def helpful_demonstrations(data: DataConfig) -> tuple[list[Demonstration], RowRe
     return rows, report, _inputs(found, "helpful")
 
 
+def few_shot_examples(data: DataConfig, count: int) -> list[Demonstration]:
+    """The first `count` sound rows of `data.demonstrations` that are a question and its answer, without tools.
+
+    Raises: UserError if there are fewer.
+    """
+    report = RowReport("demonstrations", BadRows(_scratch() / cache.BAD_ROWS))
+    rows = _records(slot_sources(data, "demonstrations"), Demonstration, check_demonstration, data, report)
+    plain = (row for row in rows if not row.tools and [one.role for one in row.messages] == ["user", "assistant"])
+    found = list(islice(plain, count))
+    if len(found) < count:
+        raise UserError(
+            f"stages.evaluate.few_shot={count}: data.demonstrations has only {len(found)} rows of one question and its "
+            f"answer; use stages.evaluate.few_shot={len(found)}"
+        )
+    return found
+
+
 def prepare_prompts(data: DataConfig, max_prompts: int | None = None) -> PreparedPrompts:
     """The first `max_prompts` sound rows of `data.prompts`, not tokenised: each model brings its own tokenizer.
 

@@ -42,10 +42,23 @@ class Message:
         extra = {"name": self.name, "tool_call_id": self.tool_call_id}
         return value | {key: text for key, text in extra.items() if text}
 
+    @classmethod
+    def from_dict(cls, value: Mapping[str, Any]) -> "Message":
+        """The turn whose `as_dict` this is."""
+        return cls(
+            value["role"], value["content"], tuple(_call_from_dict(call) for call in value.get("tool_calls", ())),
+            value.get("reasoning_content", ""), value.get("name", ""), value.get("tool_call_id", ""),
+        )  # fmt: skip
+
 
 def _call_as_dict(call: ToolCall) -> dict[str, Any]:
     function = {"name": call.name, "arguments": json.loads(call.arguments)}
     return {"type": "function", "function": function} | ({"id": call.id} if call.id else {})
+
+
+def _call_from_dict(call: Mapping[str, Any]) -> ToolCall:
+    function = call["function"]
+    return ToolCall(function["name"], json.dumps(function["arguments"], ensure_ascii=False), call.get("id", ""))
 
 
 @dataclass(frozen=True)

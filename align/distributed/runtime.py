@@ -3,13 +3,21 @@
 import gc
 import os
 import socket
-from contextlib import closing
+import sys
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
+
+from align.config.errors import Stopped
+from align.distributed.watch import Watch
+
+_WATCH: Watch | None = None
+"""A process is one rank of one launch."""
 
 
 @dataclass(frozen=True)
@@ -36,11 +44,53 @@ def launched_local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
+def launched_rank() -> int:
+    """This process among all that a launcher started."""
+    return int(os.environ.get("RANK", "0"))
+
+
+@contextmanager
+def watched(timeout_seconds: float) -> Iterator[None]:
+    """Inside, the ranks of a launch know of each other: none waits for one that is dead, cut off or has failed.
+
+    Raises: RankLost in place of what a collective says then; at the start if rank 0 cannot be reached in time.
+    """
+    watch = _meet(timeout_seconds)
+    if watch is None:
+        yield
+        return
+    reason = "done"
+    try:
+        yield
+    except Exception as error:
+        reason = "failed"
+        if (cause := watch.explain(error)) is error:
+            raise
+        raise cause from error
+    except BaseException as error:
+        reason = f"{error}" if isinstance(error, Stopped) else "interrupted"
+        raise
+    finally:
+        watch.leave(reason)
+
+
+def _meet(timeout_seconds: float) -> Watch | None:
+    """Make this rank known to the others of the launch, once; None for a rank alone."""
+    global _WATCH
+    if launched_world_size() > 1 and (_WATCH is None or _WATCH.has_left):
+        # A process may run several chains, one after another.
+        number = 0 if _WATCH is None else _WATCH.number + 1
+        _WATCH = Watch(launched_rank(), launched_world_size(), timeout_seconds, number=number)
+    return _WATCH
+
+
 def start(*, deepspeed: bool, timeout_seconds: int) -> Runtime:
     """Join the process group if there is anything to join: several ranks, or DeepSpeed on one.
 
     Must come before TrainingArguments: with `use_cpu=True` accelerate never starts DeepSpeed's process group, and
     ZeRO-3 then sees a world of one (transformers 5.23, deepspeed 0.19.8, seen 2026-11).
+    Waits for a rank that is busy as long as it takes. Raises: RankLost for one that has not started within
+    timeout_seconds, or is gone.
     """
     world_size = launched_world_size()
     local_rank = launched_local_rank()
@@ -48,6 +98,9 @@ def start(*, deepspeed: bool, timeout_seconds: int) -> Runtime:
     if cuda:
         torch.cuda.set_device(local_rank)
     if (world_size > 1 or deepspeed) and not dist.is_initialized():
+        if (watch := _meet(timeout_seconds)) is not None:
+            watch.arrive()
+            timeout_seconds = watch.patience_seconds
         _join(deepspeed, "nccl" if cuda else "gloo", timedelta(seconds=timeout_seconds))
     rank = dist.get_rank() if dist.is_initialized() else 0
     return Runtime(rank, world_size, local_rank, f"cuda:{local_rank}" if cuda else "cpu")
@@ -58,6 +111,10 @@ def _join(deepspeed: bool, backend: str, timeout: timedelta) -> None:
     for name, value in alone.items():
         os.environ.setdefault(name, value)
     os.environ.setdefault("MASTER_PORT", str(_free_port()))
+    # A shell of ssh has no PATH of the environment, whose ninja compiles what DeepSpeed needs on a CPU.
+    own_programs = os.path.dirname(sys.executable)
+    if own_programs not in os.environ.get("PATH", "").split(os.pathsep):
+        os.environ["PATH"] = f"{own_programs}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
     os.environ.setdefault("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", os.environ["WORLD_SIZE"]))
     # The groups that DeepSpeed makes take torch's default of 30 minutes unless this is set too.
     dist.distributed_c10d.default_pg_timeout = timeout
@@ -79,6 +136,8 @@ def stop() -> None:
     """Leave the process group; a rank that exits without it may abort after its last line."""
     if dist.is_initialized():
         dist.destroy_process_group()
+    if _WATCH is not None:
+        _WATCH.leave()
 
 
 def barrier() -> None:

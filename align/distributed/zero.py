@@ -3,20 +3,17 @@
 import contextlib
 import io
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
 from torch import nn
 
-from align.config.errors import UserError
 from align.config.schema import DeepSpeedConfig, Offload, ZeroChoice
+from align.distributed.memory import Sharding, size_words, verdict
 
-# Bytes a parameter costs in mixed-precision Adam: weight 2, gradient 2, fp32 master, momentum and variance 12.
-# Source: Rajbhandari et al. 2020, arXiv:1910.02054, section 3.1.
-WEIGHT_BYTES, GRADIENT_BYTES, OPTIMIZER_BYTES = 2, 2, 12
-STATES_SHARE_OF_MEMORY = 0.7
-"""Share of a GPU that model states may take; the rest is for activations and logits."""
+WORDS = {"fits": "fits", "tight": "may fit"}
 
 
 def join_process_group(backend: str, timeout: timedelta) -> None:
@@ -29,34 +26,34 @@ def join_process_group(backend: str, timeout: timedelta) -> None:
         deepspeed.init_distributed(dist_backend=backend, timeout=timeout, verbose=False)
 
 
-def state_bytes(parameters: int, world_size: int, stage: int) -> float:
-    """Bytes of model states per rank for full training at a ZeRO stage. Source: arXiv:1910.02054, figure 1."""
-    weights = parameters * WEIGHT_BYTES / (world_size if stage >= 3 else 1)
-    gradients = parameters * GRADIENT_BYTES / (world_size if stage >= 2 else 1)
-    optimizer = parameters * OPTIMIZER_BYTES / (world_size if stage >= 1 else 1)
-    return weights + gradients + optimizer
+@dataclass(frozen=True)
+class Choice:
+    """How states are spread, why, and whether that fits as far as it was asked."""
+
+    sharding: Sharding
+    reason: str
+    fits: bool = True
 
 
-def choose(config: DeepSpeedConfig, *, parameters: int, world_size: int, memory_bytes: float) -> tuple[int | None, str]:
-    """The ZeRO stage to use (None: no DeepSpeed) and the reason, in words.
+def choose(config: DeepSpeedConfig, *, ranks: int, memory: float, peak: Callable[[Sharding], float]) -> Choice:
+    """The way to spread states that the config asks for; for `auto` the least sharding that fits.
 
-    Raises: UserError if `auto` finds no stage whose model states fit; `memory_bytes` is one device's memory.
+    memory: of one device. peak: what a rank takes at most, in bytes; asked for `auto` alone. One rank has nothing to
+    share, so `auto` is plain PyTorch there. If nothing fits, the choice is the smallest of all and says so.
     """
     if config.mode is ZeroChoice.none:
-        return None, "deepspeed=none"
+        return Choice(Sharding(None, False, ranks), "deepspeed=none")
     if config.mode is ZeroChoice.zero:
-        return config.stage, "asked for"
-    if world_size == 1:
-        return None, "one rank has nothing to share"
-    budget = STATES_SHARE_OF_MEMORY * memory_bytes
-    for stage in (1, 2, 3):
-        need = state_bytes(parameters, world_size, stage)
-        if need <= budget:
-            return stage, f"least sharding that fits: {need / 2**30:.1f} of {memory_bytes / 2**30:.0f} GiB per rank"
-    raise UserError(
-        f"model states of {parameters / 1e9:.1f}B parameters need {need / 2**30:.0f} GiB per rank even at ZeRO-3 on "
-        f"{world_size} ranks of {memory_bytes / 2**30:.0f} GiB; try deepspeed=zero3_offload, peft=lora or more ranks"
-    )
+        return Choice(Sharding(config.stage, config.offload is Offload.cpu, ranks), "asked for")
+    candidates = [Sharding(stage, False, ranks) for stage in ((None,) if ranks == 1 else (1, 2, 3))]
+    peaks = {one: peak(one) for one in candidates}
+    for word in ("fits", "tight"):
+        for one, bytes_ in peaks.items():
+            if verdict(bytes_, memory) == word:
+                first = "one rank has nothing to share" if ranks == 1 else f"least sharding that {WORDS[word]}"
+                return Choice(one, f"{first}: {size_words(bytes_)} of {size_words(memory)}")
+    least = min(peaks, key=lambda one: peaks[one])
+    return Choice(least, f"nothing fits: {size_words(peaks[least])} of {size_words(memory)}", fits=False)
 
 
 def zero_dict(stage: int, offload: Offload, *, bf16: bool) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Log-probabilities of whole answers to prompts, each prompt read once for all of its answers."""
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -11,7 +11,9 @@ from align.config.errors import UserError
 from align.generation.batching import Rules
 from align.generation.roomy_cache import move_rows
 from align.generation.shared_prefix import Read, common_prefix, read_prompts
+from align.losses.logprobs import token_logps
 
+NO_NUMBERS = "the model's logits are no numbers, so nothing can be judged; go back to a checkpoint before"
 Tree = tuple[tuple[int, ...], list[list[int]]]
 """Token ids of a prompt, and of each answer to it."""
 
@@ -44,7 +46,33 @@ def answer_logps_alone(
     What comes later changes nothing in a causal model, so the padding needs no care. batch_size: rows in a forward.
     """
     rows = [(prompt, answer) for prompt, group in trees for answer in group]
-    sums: list[float] = []
+    read = answer_logits(model, rows, pad_token_id=pad_token_id, batch_size=batch_size)
+    sums = [_sums(logits[None], [answer])[0] for logits, (_, answer) in zip(read, rows, strict=True)]
+    return _by_tree(sums, trees)
+
+
+def token_logps_alone(
+    model: PreTrainedModel, rows: Sequence[tuple[Sequence[int], list[int]]], *, pad_token_id: int, batch_size: int
+) -> Iterator[list[float]]:
+    """Log-probability (nats, fp32) of each token of each answer after its prompt, in the order of the rows.
+
+    Raises: UserError if the model's logits are no numbers.
+    """
+    read = answer_logits(model, rows, pad_token_id=pad_token_id, batch_size=batch_size)
+    for logits, (_, answer) in zip(read, rows, strict=True):
+        logps = token_logps(logits, torch.tensor(answer, device=logits.device))
+        if not logps.isfinite().all():
+            raise UserError(NO_NUMBERS)
+        yield logps.tolist()
+
+
+def answer_logits(
+    model: PreTrainedModel, rows: Sequence[tuple[Sequence[int], list[int]]], *, pad_token_id: int, batch_size: int
+) -> Iterator[Tensor]:
+    """Logits (tokens of the answer, vocabulary) from which each answer's tokens come; rows are padded at their end.
+
+    Every answer has a token at least. batch_size: rows in a forward.
+    """
     for start in range(0, len(rows), batch_size):
         some = rows[start : start + batch_size]
         ids, mask = _right_padded([[*prompt, *answer[:-1]] for prompt, answer in some], pad_token_id, model.device)
@@ -55,8 +83,7 @@ def answer_logps_alone(
         cut = ids.shape[1] - logits.shape[1]
         for row, (prompt, answer) in zip(logits, some, strict=True):
             first = len(prompt) - 1 - cut
-            sums += _sums(row[None, first : first + len(answer)], [answer])
-    return _by_tree(sums, trees)
+            yield row[first : first + len(answer)]
 
 
 def _logits_after(model: PreTrainedModel, read: Read, owner: Tensor, answers: Sequence[list[int]], pad: int) -> Tensor:
@@ -89,7 +116,7 @@ def _sums(logits: Tensor, answers: Sequence[list[int]]) -> list[float]:
     logps = logits.gather(-1, ids[..., None])[..., 0] - logits.logsumexp(-1)
     logps = torch.where(mask.bool(), logps, 0.0)
     if not logps.isfinite().all():
-        raise UserError("the model's logits are no numbers, so nothing can be judged; go back to a checkpoint before")
+        raise UserError(NO_NUMBERS)
     return logps.sum(-1).tolist()
 
 

@@ -28,7 +28,7 @@ class Chats:
     def question(self, ask: Ask) -> list[int] | Failed:
         """Token ids of a chat that is to be answered."""
         try:
-            ids = self.template.encode_prompt(_turns(ask.messages))
+            ids = self.template.encode_prompt(_turns(ask.messages), ask.tools)
         except RowRefused as refused:
             return Failed(refused.reason, refused.detail)
         return self._too_long(len(ids), ask.max_new_tokens) or list(ids)
@@ -58,4 +58,4 @@ class Chats:
 
 
 def _turns(messages: Messages) -> list[Message]:
-    return [Message(message["role"], message["content"]) for message in messages]
+    return [Message.from_dict(message) for message in messages]

@@ -155,6 +155,11 @@ class LocalSpeaker:
         """Tokens of `prompt_text`. Raises: as it does."""
         return self._chats.prompt_tokens(messages)
 
+    @property
+    def model(self) -> PreTrainedModel:
+        """The model itself, without PEFT's wrapping."""
+        return self._plain
+
     def close(self) -> None:
         """See `Speaker`; memory is free once the caller has dropped the model too."""
         del self._plain

@@ -3,13 +3,13 @@
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 PASSING_REASONS = frozenset({"timeout", "unreachable", "rate_limited", "server_error", "malformed"})
 """Reasons of a `Failed` that lie in a server's hour and not in the question: asked again later, it may be answered."""
 
-Messages = Sequence[Mapping[str, str]]
-"""Turns of a chat: `role` (system, user or assistant) and `content`."""
+Messages = Sequence[Mapping[str, Any]]
+"""Turns of a chat, as `align.data.records.Message.as_dict` writes them; servers read `role` and `content` alone."""
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class Ask:
 
     key: str
     """The caller's name for it."""
-    messages: tuple[dict[str, str], ...]
+    messages: tuple[dict[str, Any], ...]
     seed: int
     """From 0 up to 2**128."""
     temperature: float
@@ -26,6 +26,8 @@ class Ask:
     max_new_tokens: int
     stop: tuple[str, ...] = ()
     """Texts that end the answer, beside the model's own stop tokens; neither they nor what follows is part of it."""
+    tools: tuple[str, ...] = ()
+    """JSON of each tool that may be called. Models in this process only."""
 
 
 @dataclass(frozen=True)

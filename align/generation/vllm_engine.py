@@ -74,6 +74,7 @@ class Setting:
         memory_share: float,
         revision: str | None,
         trust_remote_code: bool,
+        pickled_weights: bool,
         **options: Any,
     ) -> Any:
         """An engine of this rank alone, from token ids to token ids.
@@ -87,6 +88,8 @@ class Setting:
                 model=model_path,
                 revision=revision,
                 trust_remote_code=trust_remote_code,
+                # `auto` takes *.bin where there are no safetensors.
+                load_format="auto" if pickled_weights else "safetensors",
                 # Left to itself it makes fp16 of fp32.
                 dtype=str(dtype).removeprefix("torch."),
                 seed=seed,

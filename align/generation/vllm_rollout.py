@@ -41,6 +41,7 @@ class VllmSampler:
         memory_share: float = MEMORY_SHARE,
         revision: str | None = None,
         trust_remote_code: bool = False,
+        pickled_weights: bool = False,
     ):
         """Start the engine, and put it to sleep. Call it on every rank, before the training takes its memory.
 
@@ -58,6 +59,7 @@ class VllmSampler:
             memory_share=memory_share,
             revision=revision,
             trust_remote_code=trust_remote_code,
+            pickled_weights=pickled_weights,
             skip_tokenizer_init=True,
             enable_sleep_mode=True,
             # Those it samples from, temperature included; by default they are of the logits as they come.

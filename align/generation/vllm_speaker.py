@@ -41,6 +41,7 @@ class VllmSpeaker:
         max_tokens: int | None = None,
         revision: str | None = None,
         trust_remote_code: bool = False,
+        pickled_weights: bool = False,
     ):
         """model_path: a folder or hub id. batch_size: answers under way at a time. memory_share: of the GPU's memory.
 
@@ -58,6 +59,7 @@ class VllmSpeaker:
             memory_share=memory_share,
             revision=revision,
             trust_remote_code=trust_remote_code,
+            pickled_weights=pickled_weights,
         )
         self._chats = Chats(template, self._llm.llm_engine.model_config.max_model_len)
 

@@ -3,6 +3,7 @@
 import difflib
 import json
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -27,6 +28,8 @@ EMBEDDED = {
     "tiny-critic": EMBEDDED_DIR / "critic",
     "tiny-untrained": EMBEDDED_DIR / "base",
 }
+LOAD_ERRORS = (OSError, ValueError, RuntimeError, ImportError, SafetensorError, UnpicklingError)
+"""What transformers raises for weights that are not there, not sound, or pickles with code in them."""
 WEIGHT_FILES = ("*.safetensors", "*.bin")
 SHARD_INDEX = "model.safetensors.index.json"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
@@ -43,10 +46,11 @@ def is_hub_id(name: str) -> bool:
     return len(parts) == 2 and all(part and not part.startswith((".", "~")) for part in parts)
 
 
-def check_model(name: str, *, where: str) -> None:
+def check_model(name: str, *, where: str, pickled: bool = False) -> None:
     """Refuse a model that cannot be used, before anything runs. `where` is the config key that names it.
 
-    Raises: UserError for a missing folder, or one without sound config, whole weights or tokenizer.
+    pickled: whether weights may be pickles (*.bin). Raises: UserError for a missing folder, or one without sound
+    config, whole weights or tokenizer.
     """
     path = Path(resolve_model(name))
     if not path.exists():
@@ -62,7 +66,7 @@ def check_model(name: str, *, where: str) -> None:
     if not (path / "config.json").is_file():
         raise UserError(f"{where}={name}: no config.json in it; give a folder written by save_pretrained")
     _config_values(path)
-    _check_weights(path, f"{where}={name}")
+    _check_weights(path, f"{where}={name}", pickled=pickled)
     if not any((path / file).is_file() for file in TOKENIZER_FILES):
         raise UserError(
             f"{where}={name}: no tokenizer in it; save the model's tokenizer there with tokenizer.save_pretrained"
@@ -90,10 +94,15 @@ def _json_object(path: Path) -> dict[str, Any]:
     return values
 
 
-def _check_weights(path: Path, where: str) -> None:
+def _check_weights(path: Path, where: str, *, pickled: bool) -> None:
     """Every shard is there and its header is sound; no tensor is read."""
     if not any(any(path.glob(pattern)) for pattern in WEIGHT_FILES):
         raise UserError(f"{where}: no weights (*.safetensors) in it; give a folder written by save_pretrained")
+    if not pickled and not any(path.glob("*.safetensors")):
+        raise UserError(
+            f"{where}: its weights are pickles (*.bin), a format that can carry code; save it again with "
+            "save_pretrained, or set model.pickled_weights=true"
+        )
     if (path / SHARD_INDEX).is_file():
         shards = sorted(set(_json_object(path / SHARD_INDEX).get("weight_map", {}).values()))
         absent = [shard for shard in shards if not (path / shard).is_file()]
@@ -140,9 +149,14 @@ def load_model(name: str, model: ModelConfig, dtype: torch.dtype, *, seed: int) 
         return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path), dtype=dtype)
     try:
         loaded, report = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **options
+            path,
+            dtype=dtype,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            use_safetensors=None if model.pickled_weights else True,
+            **options,
         )
-    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
+    except LOAD_ERRORS as error:
         raise not_loaded(name, "model", error) from error
     refuse_made_up(name, report)
     return loaded
@@ -163,6 +177,16 @@ def refuse_made_up(name: str, report: dict[str, Any]) -> None:
 
 
 def not_loaded(name: str, part: str, error: Exception) -> UserError:
+    """The one line for a part of a model that cannot be loaded."""
+    if isinstance(error, UnpicklingError):
+        return UserError(f"{name}: its pickle holds more than tensors; save the weights again with save_pretrained")
+    if "cannot be loaded with `safetensors`" in str(error):
+        return UserError(f"{name}: the hub has no safetensors of it; take another model, or model.pickled_weights=true")
+    if "contains custom code" in str(error):
+        return UserError(
+            f"{name}: the {part} brings code of its own; read it, then set model.trust_remote_code=true, or take a "
+            "model that transformers knows"
+        )
     reason = f"{type(error).__name__}: {_first_line(error)}"
     if Path(resolve_model(name)).exists():
         return UserError(f"{name}: the {part} cannot be loaded ({reason}); save it again with save_pretrained")

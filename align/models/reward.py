@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
@@ -46,9 +45,10 @@ def load_reward_model(name: str, model: ModelConfig, dtype: torch.dtype, *, seed
         try:
             loaded, report = AutoModelForSequenceClassification.from_pretrained(
                 load.resolve_model(name), config=config, dtype=dtype, revision=model.revision,
-                output_loading_info=True, ignore_mismatched_sizes=True, **options,
+                output_loading_info=True, ignore_mismatched_sizes=True,
+                use_safetensors=None if model.pickled_weights else True, **options,
             )  # fmt: skip
-        except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
+        except load.LOAD_ERRORS as error:
             raise load.not_loaded(name, "model", error) from error
         new_head = not has_score_head(config)
         made = {HEAD_WEIGHT} if new_head else set()

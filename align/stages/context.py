@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from align.config.keys import EVERY_SLOT, slots_of
+from align.config.redaction import redacted
 from align.config.schema import RunConfig
 from align.distributed.runtime import Runtime
 
@@ -52,7 +53,7 @@ def stage_record(config: RunConfig, stage_name: str, run_dir: Path) -> dict[str,
     data, model = plain(config.data), plain(config.model)
     for slot in EVERY_SLOT - set(slots_of(config, stage_name)):
         del data[slot]
-    del model["path"]
+    del model["path"], model["pickled_weights"]
     record = {
         "stages": {stage_name: plain(getattr(config.stages, stage_name))},
         "model": model,
@@ -60,12 +61,19 @@ def stage_record(config: RunConfig, stage_name: str, run_dir: Path) -> dict[str,
         "peft": plain(config.peft),
         "precision": plain(config.precision),
     }
-    return _without_run_dir(record, str(run_dir))
+    # Redacted before it is compared too: a key that was changed makes no other model.
+    return redacted(without_run_dir(record, str(run_dir)))
 
 
-def _without_run_dir(value: Any, run_dir: str) -> Any:
+def saved_config(config: RunConfig) -> dict[str, Any]:
+    """The whole config as it may be written down: JSON types, with *** for keys and passwords."""
+    return redacted(plain(config))
+
+
+def without_run_dir(value: Any, run_dir: str) -> Any:
+    """JSON values with `<run_dir>` for the run folder's path."""
     if isinstance(value, dict):
-        return {k: _without_run_dir(v, run_dir) for k, v in value.items()}
+        return {k: without_run_dir(v, run_dir) for k, v in value.items()}
     if isinstance(value, str):
         return value.replace(run_dir, RUN_DIR)
     return value

@@ -18,7 +18,7 @@ from align.stages.context import RunContext
 from align.stages.ppo_models import Models
 from align.stages.saving_actor import save_actor
 from align.stages.session import Session, close_session, input_digests, open_session
-from align.stages.training import sign
+from align.stages.training import run_trainer, sign
 from align.tracking.local import read_metrics
 from align.tracking.ppo_page import ppo_page
 from align.tracking.progress import say
@@ -27,9 +27,9 @@ from align.trainers.callbacks import StopAtNaN
 from align.trainers.checkpoints import SealCheckpoint, checkpoint_step
 from align.trainers.ppo import ADAM_EPSILON, PPOTrainer
 from align.trainers.ppo_callbacks import KeepState, UpdateEnd, UpdateReport
-from align.trainers.quiet import quiet_trainer
 from align.trainers.reward_sources import FUNCTION_FAILED, FunctionFailed, function_digest
 from align.trainers.samples import HeldOutSamples, read_samples
+from align.trainers.stopping import STOP
 
 SAMPLES, REPORT = "samples.jsonl", "ppo_report.html"
 
@@ -106,6 +106,7 @@ def _engine(session: Session, stage: PPOStage) -> VllmSampler | None:
         batch_size=stage.rollout_batch_size,
         revision=model.revision,
         trust_remote_code=model.trust_remote_code,
+        pickled_weights=model.pickled_weights,
     )
 
 
@@ -115,6 +116,8 @@ def _argument_values(session: Session, stage: PPOStage) -> dict[str, Any]:
     return session.argument_values() | {
         "max_steps": 1,  # the trainer counts its own
         "save_steps": max(stage.save_every, 1) * steps,
+        # The best one, which a guard goes back to, is kept beside the newest ones.
+        "save_total_limit": stage.keep_checkpoints + 1,
         "adam_epsilon": ADAM_EPSILON,
         "logging_strategy": "no",
         "eval_strategy": "no",
@@ -150,6 +153,9 @@ def _add_callbacks(session: Session, trainer: PPOTrainer) -> UpdateEnd:
         say("ppo: no prompt is held out, so samples are of prompts that are trained on", active=context.runtime.is_main)
     samples = HeldOutSamples(trainer, rows, context.stage_dir / SAMPLES)
     end = UpdateEnd(trainer, samples, session.wandb_run, session.resume_from)
+    trainer.stop = session.stop
+    session.stop.every = trainer.steps_per_update
+    trainer.add_callback(session.stop)
     trainer.add_callback(end)
     trainer.add_callback(KeepState(trainer))
     trainer.add_callback(next(one for one in session.callbacks if isinstance(one, SealCheckpoint)))
@@ -176,11 +182,10 @@ def _size(parameter: Any) -> int:
 
 def _train(session: Session, trainer: PPOTrainer, end: UpdateEnd) -> None:
     """Run to the end, or until a guard stops it: then the weights are those of the best checkpoint."""
-    assert not session.zero_stage or trainer.is_deepspeed_enabled, "ZeRO was asked for, but the trainer runs without it"
-    quiet_trainer(trainer)
     if end.stopped_by is not None:
         _train_no_further(trainer)
-    trainer.train(resume_from_checkpoint=str(session.resume_from) if session.resume_from else None)
+    with STOP.held():
+        run_trainer(session, trainer)
     if end.stopped_by is None:
         return
     active, best = session.context.runtime.is_main, trainer.best_checkpoint

@@ -10,6 +10,7 @@ from align.config.schema import PPOStage, RewardStage, RewardTarget, RunConfig, 
 from align.data.bad_rows import TooManyBadRows
 from align.data.prepare import (
     Prepared,
+    Watch,
     prepare_comparisons,
     prepare_demonstrations,
     prepare_preferences,
@@ -63,11 +64,9 @@ def prepare_rows(config: RunConfig, name: str, template: Template, stage_dir: Pa
 
     Raises: UserError by the policy for bad rows, after writing them to the stage's folder.
     """
-    stage: StageConfig = getattr(config.stages, name)
     progress = Progress(f"{name}: tokenising", None, active=launched_local_rank() == 0, passing=True, unit="rows")
     try:
-        prepare = prepare_ratings if _learns_ratings(stage) else PREPARE[name]
-        return prepare(config.data, template, row_tokens(stage), Path(config.cache_dir).expanduser(), progress.show_of)
+        return tokenised(config, name, template, progress.show_of)
     except TooManyBadRows as error:
         file = stage_dir / BAD_ROWS
         if launched_local_rank() == 0:
@@ -75,6 +74,13 @@ def prepare_rows(config: RunConfig, name: str, template: Template, stage_dir: Pa
         raise UserError(f"{error}; all are listed in {file}") from error
     finally:
         progress.close()
+
+
+def tokenised(config: RunConfig, name: str, template: Template, watch: Watch) -> Prepared:
+    """The rows of stage `name`, from the cache or made now. Raises: TooManyBadRows by the policy for bad rows."""
+    stage: StageConfig = getattr(config.stages, name)
+    prepare = prepare_ratings if _learns_ratings(stage) else PREPARE[name]
+    return prepare(config.data, template, row_tokens(stage), Path(config.cache_dir).expanduser(), watch)
 
 
 def _learns_ratings(stage: StageConfig) -> bool:

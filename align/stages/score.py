@@ -9,25 +9,24 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from align import artifacts
 from align.artifacts import Manifest
 from align.config.errors import UserError
-from align.config.schema import Layout, ScoreStage
+from align.config.schema import ScoreStage
 from align.data.answers import AnsweredRow, answered_rows
 from align.data.bad_rows import BadRows, TooManyBadRows, enforce_policy
-from align.data.forest import Tree, lay_out_scores
+from align.data.forest import Tree
 from align.data.prepare import slot_digests
 from align.data.report import CHOSEN_REASONS, RowReport
 from align.distributed import runtime
 from align.losses.calibration import accuracy
-from align.models import load
-from align.models.reward import centred_scores, check_reward_model, load_reward_model
+from align.models.reward import check_reward_model
 from align.stages.context import RunContext, stage_record
 from align.stages.rows import BAD_ROWS, load_template
+from align.stages.scoring import answer_scores
 from align.stages.session import input_digests
-from align.tracking.progress import Progress, say
+from align.tracking.progress import say
 
 SLOT = "demonstrations"
 SCORES, FIGURES = "scores.jsonl", "scores.json"
@@ -39,7 +38,10 @@ def run(stage: ScoreStage, context: RunContext) -> Manifest:
     check_reward_model(stage.reward_model, config.model)
     template = load_template(config, stage.reward_model)
     rows, report = _rows(stage, context, template)
-    scores = _scores(stage, context, rows, template.tokenizer.pad_token_id)
+    scores = answer_scores(
+        stage.reward_model, [Tree(row.prompt, row.answers) for row in rows], context,
+        pad_token_id=template.tokenizer.pad_token_id, micro_batch_size=stage.micro_batch_size,
+    )  # fmt: skip
     figures = _figures(rows, scores, stage.subset_field)
     if machine.is_main:
         _write(context.stage_dir / SCORES, rows, scores, stage.subset_field)
@@ -79,27 +81,6 @@ def _rows(stage: ScoreStage, context: RunContext, template: Any) -> tuple[list[A
     if not rows:
         raise UserError(f"data.{SLOT}: none of {report.read} rows has an answer to score; see {file}")
     return rows, report
-
-
-def _scores(stage: ScoreStage, context: RunContext, rows: Sequence[AnsweredRow], pad: int) -> list[list[float]]:
-    """Scores of each row's answers, less the model's centre; ranks share the rows, and every rank gets all."""
-    config, machine = context.config, context.runtime
-    dtype = torch.bfloat16 if load.use_bf16(config.precision, machine.device) else torch.float32
-    model = load_reward_model(stage.reward_model, config.model, dtype, seed=0).to(machine.device).eval()
-    order = sorted(range(len(rows)), key=lambda i: -len(rows[i].prompt) - max(map(len, rows[i].answers)))
-    mine = order[machine.rank :: machine.world_size]
-    progress = Progress(f"{context.stage_name}: scoring", len(mine), active=machine.is_main, unit="rows")
-    found: dict[int, list[float]] = {}
-    for start in range(0, len(mine), stage.micro_batch_size):
-        taken = mine[start : start + stage.micro_batch_size]
-        trees = [Tree(rows[i].prompt, rows[i].answers) for i in taken]
-        batch = {k: v.to(machine.device) for k, v in lay_out_scores(trees, Layout.padded, pad).items()}
-        with torch.no_grad():
-            scores = iter(centred_scores(model, batch).tolist())
-        found |= {i: [next(scores) for _ in rows[i].answers] for i in taken}
-        progress.show(len(found))
-    everything = {index: values for part in runtime.gather(found) for index, values in part.items()}
-    return [everything[index] for index in range(len(rows))]
 
 
 def _figures(rows: Sequence[AnsweredRow], scores: Sequence[Sequence[float]], subset_field: str) -> dict[str, Any]:
@@ -165,7 +146,8 @@ def _write(path: Path, rows: Sequence[AnsweredRow], scores: Sequence[Sequence[fl
     partial = path.with_name(f"{path.name}.partial")
     with open(partial, "w", encoding="utf-8") as file:
         for row, values in zip(rows, scores, strict=True):
-            line: dict[str, Any] = {"origin": str(row.origin), "scores": list(values)}
+            found = [value if math.isfinite(value) else None for value in values]
+            line: dict[str, Any] = {"origin": str(row.origin), "scores": found}
             line |= {"ranks": list(row.ranks), "p": row.p} if row.ranks is not None else {}
             line |= {subset_field: subset} if (subset := _subset(row, subset_field)) else {}
             file.write(json.dumps(line, ensure_ascii=False) + "\n")

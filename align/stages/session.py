@@ -1,6 +1,6 @@
 """What comes before a trainer: ZeRO choice, tokenizer, rows, and the checkpoint to go on from."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +12,17 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from align import artifacts
 from align.artifacts import Manifest
 from align.config.errors import UserError
-from align.config.schema import PeftMethod, StageConfig
+from align.config.schema import PeftMethod, PPOStage, StageConfig
 from align.data.encoded import largest_token
 from align.data.prepare import Prepared
 from align.data.template import Template
-from align.distributed import runtime, zero
+from align.distributed import elastic, runtime, zero
 from align.models import load
 from align.models.peft import add_adapter
 from align.models.reward import load_reward_model
 from align.stages.context import RunContext, plain
 from align.stages.rows import load_template, prepare_rows, report_rows
+from align.stages.sharding import session_choice
 from align.tracking.local import MetricsLog
 from align.tracking.progress import say
 from align.tracking.wandb_run import WandbRun
@@ -29,6 +30,7 @@ from align.trainers import checkpoints
 from align.trainers.arguments import Machine, trainer_arguments
 from align.trainers.callbacks import Report, StopAtNaN
 from align.trainers.quiet import quiet_libraries
+from align.trainers.stopping import StopTogether
 
 
 @dataclass
@@ -46,7 +48,12 @@ class Session:
     log: MetricsLog
     wandb_run: WandbRun
     inputs: list[dict[str, str]]
+    stop: StopTogether
     callbacks: list[Any] = field(default_factory=list)
+    elastic: bool = False
+    """The checkpoint to go on from is a ZeRO checkpoint of another number of ranks."""
+    kept_step: int | None = None
+    """With keep_best: the step whose weights are the policy."""
 
     @property
     def checkpoint_dir(self) -> Path:
@@ -60,7 +67,7 @@ class Session:
             self.checkpoint_dir,
             log_every=self.context.config.log.every,
             evaluate=len(self.prepared.held_out) > 0,
-            fresh=self.resume_from is None,
+            judge_first=checkpoints.owes_evaluation(self.resume_from, self.stage.eval_every),
         )
 
     def load_plain(self, name: str, *, scores: bool = False) -> PreTrainedModel:
@@ -103,13 +110,13 @@ class Session:
 def open_session(stage: StageConfig, context: RunContext) -> Session:
     """Everything that comes before the trainer: ZeRO choice, tokenizer, template, rows, checkpoint to go on from."""
     config, run = context.config, context.runtime
-    zero_stage = _zero_stage(stage, context)
     bf16 = load.use_bf16(config.precision, run.device)
-    zero_dict = None if zero_stage is None else zero.zero_dict(zero_stage, config.deepspeed.offload, bf16=bf16)
     template = load_template(config, stage.policy)
     prepared = prepare_rows(config, context.stage_name, template, context.stage_dir)
     if run.is_main:
         report_rows(context.stage_name, prepared, context.stage_dir)
+    zero_stage = _zero_stage(context, prepared)
+    zero_dict = None if zero_stage is None else zero.zero_dict(zero_stage, config.deepspeed.offload, bf16=bf16)
     machine = Machine(run.world_size, run.device.startswith("cuda"), bf16, zero_dict)
     wandb_run = WandbRun(
         config.log, active=run.is_main, group=config.name, stage=context.stage_name, stage_dir=context.stage_dir
@@ -118,28 +125,29 @@ def open_session(stage: StageConfig, context: RunContext) -> Session:
     wandb_run.describe(plain(config), inputs)
     session = Session(
         context, stage, template.tokenizer, template, prepared, machine, zero_stage, None,
-        MetricsLog(context.stage_dir / "metrics.jsonl"), wandb_run, inputs,
+        MetricsLog(context.stage_dir / "metrics.jsonl"), wandb_run, inputs, StopTogether(context.stage_name),
     )  # fmt: skip
     session.resume_from = _checkpoint_to_resume(session)
-    session.callbacks = [checkpoints.SealCheckpoint(run.is_main, _identity(session))]
+    session.callbacks = [session.stop, checkpoints.SealCheckpoint(run.is_main, _identity(session))]
+    if stage.keep_best:
+        if not len(prepared.held_out):
+            key = f"stages.{context.stage_name}.keep_best"
+            raise UserError(f"{key}=true: no row is held out to judge by; raise data.held_out_fraction")
+        session.callbacks.append(checkpoints.KeepBest())
     if run.is_main:
         session.callbacks.append(Report(context.stage_name, session.log, wandb_run))
     session.callbacks.append(StopAtNaN(context.stage_name))
     return session
 
 
-def _zero_stage(stage: StageConfig, context: RunContext) -> int | None:
-    run = context.runtime
-    config = context.config.deepspeed
-    parameters, memory = 0, float("inf")
-    if run.world_size > 1 and config.mode.value == "auto":
-        parameters = load.count_parameters(stage.policy, context.config.model)
-        if run.device.startswith("cuda"):
-            memory = torch.cuda.get_device_properties(run.device).total_memory
-    chosen, reason = zero.choose(config, parameters=parameters, world_size=run.world_size, memory_bytes=memory)
+def _zero_stage(context: RunContext, prepared: Prepared) -> int | None:
+    """Raises: UserError with overrides that would fit, if `auto` finds nothing that does."""
+    run, name = context.runtime, context.stage_name
+    choice = session_choice(context, prepared)
+    chosen = choice.sharding.stage
     if run.world_size > 1:
-        name = "no DeepSpeed" if chosen is None else f"ZeRO-{chosen}"
-        say(f"{context.stage_name}: {run.world_size} ranks, {name} ({reason})", active=run.is_main)
+        words = "no DeepSpeed" if chosen is None else f"ZeRO-{chosen}"
+        say(f"{name}: {run.world_size} ranks, {words} ({choice.reason})", active=run.is_main)
     return chosen
 
 
@@ -173,27 +181,61 @@ def _identity(session: Session) -> dict[str, Any]:
 
 
 def _checkpoint_to_resume(session: Session) -> Path | None:
-    """The newest checkpoint that stands, the same on every rank; newer debris is removed.
+    """The newest checkpoint that stands, the same on every rank, made fit for as many as there are; newer debris is
+    removed.
 
-    Raises: UserError if it was written by other ranks, another ZeRO stage or from other rows.
+    Raises: UserError if it was written under another ZeRO stage or from other rows.
     """
     context = session.context
-    found, identity, passed_over = runtime.from_main(checkpoints.newest_sealed(session.checkpoint_dir))
+    found, identity, passed_over = checkpoints.newest_good(session.checkpoint_dir)
     for line in passed_over:
         say(f"{context.stage_name}: {line}", active=context.runtime.is_main)
-    if found is not None and identity != _identity(session):
-        mine = _identity(session)
-        changed = ", ".join(f"{k} {identity.get(k)} -> {mine[k]}" for k in mine if identity.get(k) != mine[k])
-        raise UserError(
-            f"{found}: cannot go on from it, changed: {changed}; go back to what it was, or delete {context.stage_dir}"
-        )
+    if found is not None:
+        _refuse_foreign(session, found, identity)
     if context.runtime.is_main:
         checkpoints.remove_newer(session.checkpoint_dir, found)
     runtime.barrier()
     if found is not None:
-        step = checkpoints.checkpoint_step(found)
-        say(f"{context.stage_name}: going on from step {step}", active=context.runtime.is_main)
+        step, ranks = checkpoints.checkpoint_step(found), identity["world_size"]
+        other = f", written by {ranks} rank{'s' * (ranks > 1)}" if ranks != session.machine.world_size else ""
+        say(f"{context.stage_name}: going on from step {step}{other}", active=context.runtime.is_main)
+        if other and session.zero_stage:
+            _make_universal(session, found)
     return found
+
+
+def _refuse_foreign(session: Session, found: Path, identity: dict[str, Any]) -> None:
+    """Raises: UserError if a run cannot go on from a checkpoint of this identity."""
+    mine, stage_dir = _identity(session), session.context.stage_dir
+    changed = [key for key in mine if identity.get(key) != mine[key]]
+    # These have not been shown to come out the same on other ranks.
+    adapter = session.zero_stage is not None and session.context.config.peft.method is not PeftMethod.none
+    if isinstance(session.stage, PPOStage) or session.zero_stage == 0 or adapter or "zero_stage" in changed:
+        fixed = changed
+    else:
+        fixed = [key for key in changed if key != "world_size"]
+    if not fixed:
+        return
+    words = ", ".join(f"{key} {identity.get(key)} -> {mine[key]}" for key in fixed)
+    way = "go back to what it was"
+    if "zero_stage" in fixed:
+        then = identity.get("zero_stage")
+        way = f"add deepspeed={'none' if then is None else f'zero{then}'}"
+    raise UserError(f"{found}: cannot go on from it, changed: {words}; {way}, or delete {stage_dir}")
+
+
+def _make_universal(session: Session, found: Path) -> None:
+    """Turn a ZeRO checkpoint of other ranks into one that these can load, and have DeepSpeed load that."""
+    refusal = None
+    if session.context.runtime.is_main:
+        try:
+            elastic.make_universal(found)
+        except UserError as error:
+            refusal = str(error)
+    if (refusal := runtime.from_main(refusal)) is not None:
+        raise UserError(refusal)
+    session.machine = replace(session.machine, zero=session.machine.zero | elastic.LOAD)
+    session.elastic = True
 
 
 def close_session(session: Session) -> None:
@@ -212,4 +254,5 @@ def log_manifest(manifest: Manifest, context: RunContext) -> None:
         stage_dir=context.stage_dir,
     )
     run.describe(plain(context.config), manifest.inputs)
+    run.leave(manifest)
     run.finish(manifest.metrics)

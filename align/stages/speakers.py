@@ -46,13 +46,15 @@ def check_speakers(stage: ConstitutionalStage) -> None:
 def load_speakers(stage: ConstitutionalStage, context: RunContext) -> dict[str, Speaker]:
     """Role -> its model; roles with equal settings share one. On every rank: each has a copy of local models."""
     for role in _engines(stage):
-        _setting(role).check(device=context.runtime.device, temperatures=_temperatures(stage))
+        setting = _setting(f"stages.constitutional.{role}")
+        setting.check(device=context.runtime.device, temperatures=_temperatures(stage))
     made: list[tuple[SpeakerConfig, Speaker]] = []
     speakers = {}
     for role, config in speaker_configs(stage).items():
         known = next((speaker for other, speaker in made if other == config), None)
         if known is None:
-            known = _load(role, config, stage, context)
+            where = f"stages.constitutional.{role}"
+            known = load_speaker(config, where, context, stage.seed, stage.batch_size)
             made.append((config, known))
         speakers[role] = known
     return speakers
@@ -67,9 +69,8 @@ def _engines(stage: ConstitutionalStage) -> dict[str, SpeakerConfig]:
     return found
 
 
-def _setting(role: str) -> Setting:
-    key = f"stages.constitutional.{role}.backend"
-    return Setting(f"{key}=vllm", f"{key}=hf")
+def _setting(where: str) -> Setting:
+    return Setting(f"{where}.backend=vllm", f"{where}.backend=hf")
 
 
 def _temperatures(stage: ConstitutionalStage) -> dict[str, float]:
@@ -78,31 +79,45 @@ def _temperatures(stage: ConstitutionalStage) -> dict[str, float]:
     return {f"stages.constitutional.{name}": value for name, value in found.items()}
 
 
-def _load(role: str, config: SpeakerConfig, stage: ConstitutionalStage, context: RunContext) -> Speaker:
+def load_speaker(config: SpeakerConfig, where: str, context: RunContext, seed: int, batch_size: int) -> Speaker:
+    """One model by its settings, which are those of the key `where`."""
     if config.backend is SpeakerBackend.server:
         return _server(config)
-    settings, device = context.config, context.runtime.device
-    dtype = torch.bfloat16 if load.use_bf16(settings.precision, device) else torch.float32
-    template = load_template(settings, config.model)
-    # The name is part of every journal key: other weights give other answers.
-    weights = "".join(entry["digest"] for entry in input_digests(config.model, "model"))[:12]
-    name = f"{config.model}@{weights}" if weights else str(config.model)
+    model = str(config.model)
     if config.backend is SpeakerBackend.hf:
-        model = load.load_model(config.model, settings.model, dtype, seed=stage.seed)
-        return LocalSpeaker(model.to(device), template, name=name, batch_size=stage.batch_size)
+        return load_local(model, context, seed=seed, batch_size=batch_size)
+    settings = context.config
     return VllmSpeaker(
-        load.resolve_model(str(config.model)),
-        template,
-        _setting(role),
-        name=name,
-        dtype=dtype,
-        seed=stage.seed,
-        batch_size=stage.batch_size,
+        load.resolve_model(model),
+        load_template(settings, model),
+        _setting(where),
+        name=local_name(model),
+        dtype=_dtype(context),
+        seed=seed,
+        batch_size=batch_size,
         memory_share=config.memory_share,
         max_tokens=config.max_tokens,
         revision=settings.model.revision,
         trust_remote_code=settings.model.trust_remote_code,
+        pickled_weights=settings.model.pickled_weights,
     )
+
+
+def load_local(model: str, context: RunContext, *, seed: int, batch_size: int) -> LocalSpeaker:
+    """A Hugging Face model in this process. seed: of the weights of `tiny-untrained`."""
+    settings = context.config
+    loaded = load.load_model(model, settings.model, _dtype(context), seed=seed).to(context.runtime.device)
+    return LocalSpeaker(loaded, load_template(settings, model), name=local_name(model), batch_size=batch_size)
+
+
+def _dtype(context: RunContext) -> torch.dtype:
+    return torch.bfloat16 if load.use_bf16(context.config.precision, context.runtime.device) else torch.float32
+
+
+def local_name(model: str) -> str:
+    """A model with a digest of its weights: part of every journal key, for other weights give other answers."""
+    weights = "".join(entry["digest"] for entry in input_digests(model, "model"))[:12]
+    return f"{model}@{weights}" if weights else model
 
 
 def _server(config: SpeakerConfig) -> ServerSpeaker:

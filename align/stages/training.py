@@ -1,7 +1,10 @@
 """Train, judge before and after, save, sign."""
 
 from collections.abc import Mapping
+from itertools import pairwise
+from typing import Any
 
+import numpy as np
 from transformers import Trainer
 
 from align import artifacts
@@ -12,23 +15,84 @@ from align.stages.context import stage_record
 from align.stages.saving import ADAPTER, POLICY, save_model
 from align.stages.session import Session
 from align.tracking.local import MetricsLog, read_metrics
+from align.tracking.model_card import write_model_cards
+from align.tracking.progress import say
+from align.trainers.checkpoints import MendElastic, checkpoint_step, newest_sealed
+from align.trainers.nonfinite import FILE, SkippedSteps
 from align.trainers.quiet import quiet_trainer
+from align.trainers.stopping import STOP
+from align.trainers.surviving import SurvivingTrainer
+
+SHOWN_TOKENS = 64
+"""Of a row of a step that was not finite."""
 
 
-def train_and_sign(session: Session, trainer: Trainer) -> Manifest:
+def train_and_sign(session: Session, trainer: SurvivingTrainer) -> Manifest:
     """Run the trainer to its end, judge it once more, save the policy, and return the manifest to be written."""
     train(session, trainer)
     save_model(session, trainer, POLICY)
     return sign(session, trainer, [POLICY])
 
 
-def train(session: Session, trainer: Trainer) -> None:
-    """Run the trainer to its end, from a checkpoint if there is one, and judge it once more on the held-out rows."""
+def train(session: Session, trainer: SurvivingTrainer) -> None:
+    """Run the trainer to its end, from a checkpoint if there is one, and judge it once more on the held-out rows.
+
+    Raises: Stopped, with a checkpoint of the last step, if any rank was told to stop.
+    """
+    with STOP.held():
+        run_trainer(session, trainer)
+        if len(session.prepared.held_out) and not _judged_at_end(session, trainer):
+            trainer.evaluate()
+        if session.stage.keep_best:
+            _take_best(session, trainer)
+
+
+def run_trainer(session: Session, trainer: SurvivingTrainer) -> None:
+    """Run the trainer to its end, from a checkpoint if there is one. Call it where signals are held.
+
+    Raises: Stopped, with a checkpoint of the last step, if any rank was told to stop; UserError if too many steps were
+    not finite.
+    """
     assert not session.zero_stage or trainer.is_deepspeed_enabled, "ZeRO was asked for, but the trainer runs without it"
     quiet_trainer(trainer)
+    context = session.context
+    trainer.skipped = SkippedSteps(
+        context.stage_name,
+        context.stage_dir / FILE,
+        limit=session.stage.max_nonfinite_steps,
+        resumed_at=checkpoint_step(session.resume_from),
+        main=context.runtime.is_main,
+        describe=lambda row: _text(session, trainer.train_rows[row]),
+        last_good=lambda: newest_sealed(session.checkpoint_dir)[0],
+    )
+    if session.elastic:
+        trainer.add_callback(MendElastic(trainer, session.resume_from))
     trainer.train(resume_from_checkpoint=str(session.resume_from) if session.resume_from else None)
-    if len(session.prepared.held_out) and not _judged_at_end(session, trainer):
-        trainer.evaluate()
+    session.stop.end(trainer.state.global_step)
+
+
+def _take_best(session: Session, trainer: SurvivingTrainer) -> None:
+    """Put the weights of the best evaluation in place of the last ones, if they are others."""
+    state, active, name = trainer.state, session.context.runtime.is_main, session.context.stage_name
+    if state.best_model_checkpoint is None:
+        say(f"{name}: no held-out loss was finite; the policy is that of the last step", active=active)
+        return
+    session.kept_step = state.best_global_step
+    if session.kept_step != state.global_step:
+        trainer._load_best_model()
+    say(
+        f"{name}: the policy is that of step {session.kept_step}, where the held-out loss was lowest: "
+        f"{state.best_metric:.4f}",
+        active=active,
+    )
+
+
+def _text(session: Session, row: Mapping[str, Any]) -> str:
+    """How a row of tokens begins, as text; of a packed row every sequence in it."""
+    ids = row.get("input_ids", row.get("prompt_ids"))
+    starts = np.cumsum([0, *row.get("seq_lengths", [len(ids)])])
+    parts = [ids[start : min(start + SHOWN_TOKENS, end)] for start, end in pairwise(starts)]
+    return " | ".join(session.tokenizer.decode(part) for part in parts)
 
 
 def sign(
@@ -36,6 +100,7 @@ def sign(
 ) -> Manifest:
     """The manifest to be written, once `outputs` are there; `figures` join those of the first and last evaluation."""
     manifest = _manifest(session, trainer.state.global_step, outputs, figures or {})
+    session.wandb_run.leave(manifest)
     session.wandb_run.finish(manifest.metrics)
     return manifest
 
@@ -50,28 +115,33 @@ def _manifest(session: Session, steps: int, outputs: list[str], figures: Mapping
     context, report = session.context, session.prepared.report
     names = outputs if context.config.peft.method is PeftMethod.none else [*outputs, ADAPTER]
     record = stage_record(context.config, context.stage_name, context.run_dir)
-    written = artifacts.list_outputs(context.stage_dir, names) if context.runtime.is_main else []
-    return Manifest(
+    kept = {} if session.kept_step is None else {"kept_step": float(session.kept_step)}
+    manifest = Manifest(
         stage=context.stage_name,
         config=record,
         config_digest=artifacts.digest_value(record),
         inputs=session.inputs,
-        outputs=written,
         rows=report.counts(),
         steps=steps,
-        metrics=before_and_after(session.log) | dict(figures),
+        metrics=before_and_after(session.log, session.kept_step) | kept | dict(figures),
         seed=session.stage.seed,
         world_size=session.machine.world_size,
         zero_stage=session.zero_stage,
         template_digest=session.template.digest,
     )
+    if context.runtime.is_main:
+        write_model_cards(context.stage_dir, manifest, context.run_dir)
+        manifest.outputs = artifacts.list_outputs(context.stage_dir, names)
+    return manifest
 
 
-def before_and_after(log: MetricsLog) -> dict[str, float]:
-    """The first and the last evaluation of a stage, as `before/<metric>` and `after/<metric>`."""
+def before_and_after(log: MetricsLog, kept_step: int | None = None) -> dict[str, float]:
+    """The first and the last evaluation of a stage, as `before/<metric>` and `after/<metric>`; of the step whose
+    weights are kept, if it is not the last one."""
     judged = [line for line in read_metrics(log.path) if "eval_loss" in line]
+    after = judged if kept_step is None else [line for line in judged if line["step"] == kept_step]
     metrics: dict[str, float] = {}
-    for prefix, line in (("before", judged[:1]), ("after", judged[-1:])):
+    for prefix, line in (("before", judged[:1]), ("after", after[-1:])):
         for name, value in line[0].items() if line else ():
             if name.startswith("eval_") and not name.endswith(("_runtime", "_per_second")):
                 metrics[f"{prefix}/{name.removeprefix('eval_')}"] = value

@@ -7,7 +7,7 @@ from itertools import zip_longest
 STYLE = """
 :root { color-scheme: light dark; --ink: #1c1e21; --soft: #5f6670; --paper: #ffffff; --line: #d9dde3; --fill: #f4f6f8;
   --accent: #2b6cb0; --warn: #b45309; --good: #2f7d4f; --bad: #b3261e; }
-@media (prefers-color-scheme: dark) {
+@media screen and (prefers-color-scheme: dark) {
   :root { --ink: #e6e8eb; --soft: #9aa3ad; --paper: #16181b; --line: #34383e; --fill: #1f2226;
     --accent: #7ab0ea; --warn: #e0a458; --good: #7cc79a; --bad: #f28b82; } }
 * { box-sizing: border-box; }
@@ -29,7 +29,8 @@ svg .limit { stroke: var(--bad); stroke-dasharray: 4 3; } svg text.limit { fill:
 .series-0 { fill: var(--accent); stroke: var(--accent); color: var(--accent); }
 .series-1 { fill: var(--warn); stroke: var(--warn); color: var(--warn); } path { fill-opacity: .25; stroke-width: 1.5; }
 figure { margin: 1rem 0; } figcaption { color: var(--soft); font-size: .875rem; } svg { max-width: 100%; height: auto; }
-@media print { body { max-width: none; } h2 { break-after: avoid; } tr { break-inside: avoid; } }
+@media print { :root { color-scheme: light; } body { max-width: none; } h2 { break-after: avoid; }
+  tr { break-inside: avoid; } }
 """
 
 
@@ -46,6 +47,10 @@ class Html(str):
     """Text that is HTML already; any other text is escaped where it is put into a page."""
 
 
+class Figure(Html):
+    """A number already written out: it stands to the right in a table."""
+
+
 def html(text: object) -> str:
     """Text as HTML; numbers with their thousands apart."""
     if isinstance(text, Html):
@@ -55,7 +60,9 @@ def html(text: object) -> str:
 
 def table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     """A table that scrolls by itself on a narrow screen. Numbers stand to the right, under a header that does too."""
-    numeric = [bool(rows) and all(isinstance(row[n], int | float) for row in rows) for n in range(len(headers))]
+    numeric = [
+        bool(rows) and all(isinstance(row[n], int | float | Figure) for row in rows) for n in range(len(headers))
+    ]
 
     def line(cells: Sequence[object], tag: str) -> str:
         classes = [' class="number"' if number else "" for number in numeric]

@@ -5,6 +5,9 @@ import shutil
 import sys
 import time
 
+from align.config.redaction import redacted_text
+from align.tracking.rank_logs import note
+
 PLAIN_EVERY_SECONDS = 10.0
 LIVE_EVERY_SECONDS = 0.1
 START_OF_LINE = "\r\x1b[K"
@@ -84,9 +87,14 @@ def clock(seconds: float) -> str:
 
 
 def say(text: str, *, active: bool = True) -> None:
-    """One line to a person, on stderr, from rank 0; a live line that stands there makes room for it."""
-    if active:
-        _write(f"{START_OF_LINE if is_terminal() else ''}{text}\n")
+    """One line to a person, on stderr, from rank 0; a live line that stands there makes room for it.
+
+    The log of a rank that is not `active` has it too.
+    """
+    if not active:
+        note(text)
+    else:
+        _write(f"{START_OF_LINE if is_terminal() else ''}{redacted_text(text)}\n")
 
 
 def is_terminal() -> bool:

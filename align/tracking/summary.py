@@ -6,6 +6,7 @@ from typing import Any
 
 from align.artifacts import Manifest
 from align.config.schema import PeftMethod, RunConfig
+from align.tracking.report_files import REPORT
 from align.tracking.wandb_run import wandb_mode
 
 ORACLE_COLUMNS = {
@@ -138,6 +139,7 @@ def _where(config: RunConfig, run_dir: Path, manifests: list[Manifest]) -> list[
         places.append(("model", model))
     if any(m.stage == "constitutional" for m in manifests):
         places.append(("data", run_dir / "constitutional"))
+    places += [("report", run_dir / REPORT)] * (run_dir / REPORT).is_file()
     places += [("report", run_dir / name / REPORTS[name]) for name in _reports(manifests)]
     if model and config.peft.method is not PeftMethod.none:
         places.append(("adapter", run_dir / trained[-1] / "adapter"))

@@ -5,19 +5,27 @@ wandb's own files go to `<run_dir>/wandb/`, beside the stages. The environment v
 
 import os
 import secrets
+import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from align.artifacts import Manifest, digest_value
 from align.config.errors import UserError
+from align.config.redaction import redacted, redacted_text
 from align.config.schema import LogConfig
 from align.tracking.progress import say
+from align.tracking.report_samples import prompt_text, reply_text
+from align.tracking.run_folder import read_lines
+from align.tracking.wandb_artifacts import log_config, log_outputs, use_inputs
 
 ID_FILE = "wandb_id"
 INIT_SECONDS = 30.0
 """Until a server that does not answer is given up, if WANDB_INIT_TIMEOUT does not say otherwise."""
 FINISH_SECONDS = 300.0
 """Until the upload of what is left is given up at the end of a stage; the files stay, for `wandb sync`."""
+MOST_REPLIES = 200
+"""Rows of the table of an evaluation's replies."""
 WAYS_OUT = "run `wandb login`, or use log.mode=offline, or log=local"
 MODES = {"online": "online", "run": "online", "offline": "offline", "dryrun": "offline", "disabled": "disabled"}
 
@@ -42,7 +50,7 @@ def check_wandb(log: LogConfig) -> None:
     """
     if wandb_mode(log) != "online" or os.environ.get("RANK", "0") != "0":
         return
-    wandb = _quiet_wandb()
+    wandb = quiet_wandb()
     try:
         logged_in = wandb.login(prompt=False)
     except wandb.errors.Error as error:
@@ -57,12 +65,34 @@ class WandbRun:
     def __init__(self, log: LogConfig, *, active: bool, group: str, stage: str, stage_dir: Path) -> None:
         mode = wandb_mode(log) if active else "disabled"
         self.run = None if mode == "disabled" else _open_run(log, mode, group, stage, stage_dir)
+        self.online, self.upload, self.stage_dir = mode == "online", log.upload_models, stage_dir
 
     def describe(self, config: dict[str, Any], inputs: list[dict[str, str]]) -> None:
-        """Record the resolved config and the input digests: offline runs cannot use artifacts for lineage."""
+        """Record the resolved config, without secrets, and the inputs by their digests; online as nodes of the lineage
+        graph too, which an offline run cannot (wandb 0.31)."""
+        if self.run is None:
+            return
+        kept, wandb = redacted(config), quiet_wandb()
+        self.run.config.update({**kept, "inputs": redacted(inputs)}, allow_val_change=True)
+        self.run.tags = _tags(kept)
+        log_config(wandb, self.run, kept, digest_value(kept))
+        if self.online:
+            use_inputs(wandb, self.run, redacted(inputs))
+
+    def leave(self, manifest: Manifest) -> None:
+        """Log what the stage has left: models and rows by their digests, the replies of an evaluation as a table."""
+        if self.run is None:
+            return
+        log_outputs(quiet_wandb(), self.run, manifest, self.stage_dir, upload=self.upload)
+        replied = [
+            line for line in read_lines(self.stage_dir / "samples.jsonl") if isinstance(line.get("replies"), dict)
+        ]
+        self.table("replies", manifest.steps, [_flat_reply(line) for line in replied[:MOST_REPLIES]])
+
+    def alert(self, title: str, text: str) -> None:
+        """Tell the people who asked wandb to be told. Titles have fewer than 64 characters."""
         if self.run is not None:
-            self.run.config.update({**config, "inputs": inputs}, allow_val_change=True)
-            self.run.tags = _tags(config)
+            self.run.alert(title=title[:63], text=text, level="WARN")
 
     def write(self, step: int, metrics: dict[str, Any]) -> None:
         """Log one step. `train/global_step` is the axis: wandb's own step starts again on an offline resume."""
@@ -75,7 +105,7 @@ class WandbRun:
             return
         columns = [key for key, value in rows[0].items() if isinstance(value, str | int | float)]
         data = [[row.get(column) for column in columns] for row in rows]
-        table = _quiet_wandb().Table(columns=columns, data=data)
+        table = quiet_wandb().Table(columns=columns, data=data)
         self.run.log({"train/global_step": step, f"{name}/step_{step:05d}": table})
 
     def finish(self, summary: dict[str, float]) -> None:
@@ -85,13 +115,21 @@ class WandbRun:
             self.run.finish()
 
 
+def _flat_reply(line: dict[str, Any]) -> dict[str, str]:
+    return {"prompt": prompt_text(line["prompt"])} | {name: reply_text(text) for name, text in line["replies"].items()}
+
+
 def _open_run(log: LogConfig, mode: str, group: str, stage: str, stage_dir: Path) -> Any:
     """A new run, or the one that an interrupted stage had."""
-    wandb = _quiet_wandb()
+    wandb = quiet_wandb()
     settings: dict[str, Any] = {"console": "off", "silent": True, "finish_timeout": FINISH_SECONDS}
     if "WANDB_INIT_TIMEOUT" not in os.environ:
         settings["init_timeout"] = INIT_SECONDS
+    if "WANDB_DISABLE_CODE" not in os.environ:
+        settings["disable_code"] = True  # else it uploads what is not committed in the user's repository
     check_wandb(log)  # else wandb asks for a key on the terminal, and waits
+    typed = sys.argv
+    sys.argv = [redacted_text(word) for word in typed]  # wandb keeps the command line
     try:
         run = wandb.init(
             project=log.project,
@@ -109,6 +147,8 @@ def _open_run(log: LogConfig, mode: str, group: str, stage: str, stage_dir: Path
         )
     except wandb.errors.Error as error:
         raise UserError(f"log=wandb: {_first_line(error)}; {WAYS_OUT}") from error
+    finally:
+        sys.argv = typed
     run.define_metric("train/global_step")
     run.define_metric("*", step_metric="train/global_step")
     if run.url:
@@ -116,7 +156,8 @@ def _open_run(log: LogConfig, mode: str, group: str, stage: str, stage_dir: Path
     return run
 
 
-def _quiet_wandb() -> ModuleType:
+def quiet_wandb() -> ModuleType:
+    """The module, told to keep to itself. Raises: UserError where it is not installed."""
     # wandb reports its own errors to its makers unless told not to; it is read when wandb's service starts.
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
     os.environ.setdefault("WANDB_SILENT", "true")

@@ -39,11 +39,11 @@ def accumulation_steps(stage: StageConfig, world_size: int) -> int:
 
 
 def trainer_arguments(
-    stage: StageConfig, machine: Machine, checkpoints: Path, *, log_every: int, evaluate: bool, fresh: bool
+    stage: StageConfig, machine: Machine, checkpoints: Path, *, log_every: int, evaluate: bool, judge_first: bool
 ) -> dict[str, Any]:
     """Keyword arguments for transformers.TrainingArguments and its subclasses.
 
-    `evaluate` is whether held-out rows exist; `fresh` is whether the stage starts at step 0, where it is judged once.
+    `evaluate` is whether held-out rows exist; `judge_first` is whether that comes before the next step, as at step 0.
     """
     saving = stage.save_every > 0
     return {
@@ -72,10 +72,11 @@ def trainer_arguments(
         "include_num_input_tokens_seen": "all",
         "eval_strategy": "steps" if evaluate and stage.eval_every else "no",
         "eval_steps": stage.eval_every or None,
-        "eval_on_start": evaluate and fresh,
+        "eval_on_start": evaluate and judge_first,
         "save_strategy": "steps" if saving else "no",
         "save_steps": stage.save_every or 500,
-        "save_total_limit": stage.keep_checkpoints,
+        # The best one is kept beside the newest ones, not in place of one.
+        "save_total_limit": stage.keep_checkpoints + stage.keep_best,
         "average_tokens_across_devices": True,
         "remove_unused_columns": False,
         "dataloader_pin_memory": machine.cuda,

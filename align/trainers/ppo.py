@@ -15,10 +15,11 @@ import torch
 from datasets import Dataset
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 from transformers.integrations.deepspeed import deepspeed_load_checkpoint
 
 from align.artifacts import read_json, write_json
+from align.config.errors import Stopped
 from align.config.rewards import parse_rewards
 from align.config.schema import Advantage, KLController, KLEstimator, KLPlace, Layout, PPOStage
 from align.data.forest import Tree, lay_out
@@ -35,9 +36,12 @@ from align.models.layout import plain_model
 from align.tracking.progress import Progress
 from align.trainers.advantages import Targets, find_targets
 from align.trainers.callbacks import END_OF_TRAINING
-from align.trainers.experience import Batch, Experience, ExperienceMaker, Readers, RewardSource, trees_of
+from align.trainers.experience import Batch, Experience, ExperienceMaker, Readers, RewardSource, prompt_of, trees_of
 from align.trainers.guards import Guards
 from align.trainers.moving_average import MovingAverage
+from align.trainers.nonfinite import poisoned
+from align.trainers.stopping import StopTogether
+from align.trainers.surviving import SurvivingTrainer
 from align.trainers.trees import turn_dropout_off
 
 STATE = "ppo.json"
@@ -61,7 +65,7 @@ class Updates:
             yield from self.trainer.update_batches(update)
 
 
-class PPOTrainer(Trainer):
+class PPOTrainer(SurvivingTrainer):
     """Trains an `ActorCritic` on what it samples for prompts.
 
     Every rank holds the whole experience of an update, so that minibatches, whitening and figures do not depend on how
@@ -97,6 +101,8 @@ class PPOTrainer(Trainer):
         self.first_update = 0
         self.seconds: dict[str, float] = {}
         self._sums: list[Tensor] = []
+        self._prompts_of_step: list[int] = []
+        self.stop: StopTogether | None = None
 
     def begin(
         self,
@@ -220,8 +226,15 @@ class PPOTrainer(Trainer):
         return Updates(self, self.first_update, self.updates, batches)
 
     def update_batches(self, update: int) -> Iterator[Batch]:
-        """This rank's micro-batches of an update, step by step; the first one asked for makes the rollout."""
+        """This rank's micro-batches of an update, step by step; the first one asked for makes the rollout.
+
+        None if a rank was told to stop meanwhile: the rollout is thrown away, and the Trainer saves what was before it.
+        """
         seen = self.maker.make(update)
+        if self.stop is not None and self.stop.check(self.control):
+            if self.state.global_step == self._initial_global_step:
+                raise Stopped(f"ppo: stopped by {self.stop.signal} in the first rollout")
+            return
         targets = find_targets(
             seen, self.settings, self.rewards, kl_coefficient=self.controller.coefficient, moments=self.moments
         )
@@ -231,12 +244,13 @@ class PPOTrainer(Trainer):
 
     def _start_update(self, seen: Experience, targets: Targets) -> None:
         self.figures = targets.figures
-        self._sums = []
+        self._sums, self.skipped_steps = [], 0
         self.completions, self.tokens = len(seen), int(seen.mask.sum())
         self.learning_rate = self.lr_scheduler.get_last_lr()[0]
         self.update_started = time.monotonic()
 
     def _rank_batches(self, seen: Experience, targets: Targets, places: Sequence[int], step: int) -> Iterator[Batch]:
+        self._prompts_of_step = seen.group[list(places)].tolist()
         size, ranks = self.settings.micro_batch_size, self.accelerator.num_processes
         share = len(places) // ranks
         start = self.accelerator.process_index * share
@@ -309,7 +323,25 @@ class PPOTrainer(Trainer):
             loss = loss + settings.pretraining_weight * mixed
         self._note(logps, seen["old_logps"], policy, value, clipped, value_clipped)
         # Gradients are averaged over ranks, and the tokens are those of all ranks.
-        return (loss * self.accelerator.num_processes).float()
+        return poisoned((loss * self.accelerator.num_processes).float())
+
+    # Of a step that was skipped because it was not finite.
+
+    @property
+    def train_rows(self) -> Dataset:
+        return self.prompts
+
+    def rows_of_step(self) -> list[int]:
+        """Rows of `prompts` that the completions of this step answer, ascending."""
+        rows, seed = len(self.prompts), self.settings.seed
+        return sorted({prompt_of(position, rows, seed) for position in self._prompts_of_step})
+
+    def figures_so_far(self) -> int:
+        return len(self._sums)
+
+    def forget_figures(self, before: int) -> None:
+        self._sums[before:] = [torch.zeros_like(sums) for sums in self._sums[before:]]
+        self.skipped_steps += 1
 
     @torch.no_grad()
     def _note(
@@ -339,6 +371,8 @@ class PPOTrainer(Trainer):
         seconds = self.seconds | {"update": time.monotonic() - self.update_started}
         self.seconds.clear()
         figures = dict(self.figures) | self._step_figures()
+        if self.skipped_steps:
+            figures["skipped_steps"] = self.skipped_steps
         figures["learning_rate"] = self.learning_rate
         figures["objective"] = figures["reward/total"]
         if self.settings.kl_place is KLPlace.reward:

@@ -56,6 +56,7 @@ class UpdateEnd(TrainerCallback):
         alarms = trainer.guards.observe(update, figures)
         for alarm in alarms:
             say(f"ppo: WARN {alarm.text}", active=trainer.accelerator.is_main_process)
+            self.wandb_run.alert(f"ppo: {alarm.guard.value}", alarm.text)
             if alarm.guard in trainer.settings.stop_on and self.stopped_by is None:
                 self.stopped_by = alarm.text
                 control.should_training_stop = control.should_save = True

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from align.artifacts import digest_file
 from align.config.errors import UserError
 from align.config.refusals import near
-from align.config.rewards import RewardSetting
+from align.config.rewards import KEY, RewardSetting
 from align.config.schema import Layout
 from align.data.forest import Tree, lay_out_scores
 from align.data.records import Message, RowRefused
@@ -108,7 +108,7 @@ def function_digest(setting: RewardSetting) -> dict[str, str]:
 
 def _imported_function(setting: RewardSetting) -> Callable[..., Any]:
     module_name, _, name = str(setting.function).partition(":")
-    where = f"stages.ppo.rewards.{setting.name}.function={setting.function}"
+    where = f"{setting.where or f'{KEY}.{setting.name}.function'}={setting.function}"
     function = getattr(_imported_module(module_name, where), name, None)
     if function is None:
         defined = [word for word, value in vars(sys.modules[module_name]).items() if callable(value) and word[0] != "_"]

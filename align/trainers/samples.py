@@ -69,10 +69,10 @@ def _number(score: float) -> float | None:
 
 
 def means(lines: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Of the lines of one update; a score that is none is left out of its mean."""
+    """Of the lines of one update; a score that is none is left out of its mean, which is not there without any."""
     scores = [line["score"] for line in lines if line["score"] is not None]
-    return {
-        "samples/score": sum(scores) / max(len(scores), 1),
+    scored = {"samples/score": sum(scores) / len(scores)} if scores else {}
+    return scored | {
         "samples/tokens": sum(line["tokens"] for line in lines) / len(lines),
         "samples/unfinished": sum(not line["finished"] for line in lines) / len(lines),
     }

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from transformers import (
     EvalPrediction,
     PreTrainedModel,
@@ -18,9 +19,12 @@ from trl.trainer import utils as trl_utils
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from align.config.errors import UserError
-from align.config.schema import PretrainStage, SFTStage
+from align.config.schema import Order, PretrainStage, SFTStage
 from align.data.fit import NOT_TRAINED
 from align.models.layout import FLOOR, ROUNDING_SHARE, plain_model
+from align.trainers.nonfinite import poisoned
+from align.trainers.order import ordered_loader, sequence_lengths
+from align.trainers.surviving import SurvivingTrainer
 
 FIGURES = ("loss", "entropy", "mean_token_accuracy")
 """Of an evaluation, under TRL's names."""
@@ -77,11 +81,39 @@ def build_sft_trainer(
     return trainer
 
 
-class TokenWeightedTrainer(SFTTrainer):
+class TokenWeightedTrainer(SurvivingTrainer, SFTTrainer):
     """TRL's trainer, whose figures on held-out rows are means over their trained tokens, however they are batched."""
 
     def __init__(self, **kwargs: Any):
         super().__init__(**kwargs, compute_metrics=token_means)
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Rows that are not packed in an order of ours, the longest early; packed ones are all nearly as long."""
+        if self.args.packing:
+            return super().get_train_dataloader()
+        return ordered_loader(self, sequence_lengths(self.train_dataset), Order.shuffled)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor | tuple[Tensor, Any]:
+        """TRL's."""
+        found = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        return (poisoned(found[0]), found[1]) if return_outputs else poisoned(found)
+
+    def figures_so_far(self) -> dict[str, int]:
+        return {name: len(values) for name, values in self._metrics["train"].items()}
+
+    def forget_figures(self, before: dict[str, int]) -> None:
+        figures = self._metrics["train"]
+        for name in list(figures):
+            del figures[name][before.get(name, 0) :]
+            # TRL divides by the number of values.
+            if not figures[name]:
+                del figures[name]
 
     def create_model_card(self, **kwargs: Any) -> None:
         """None: checkpoints are private, and the manifest says how a policy was made."""

@@ -8,11 +8,13 @@ import torch
 from datasets import Dataset
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import EvalPrediction, Trainer, TrainerCallback, TrainingArguments
+from transformers import EvalPrediction, TrainerCallback, TrainingArguments
 
 from align.config.schema import Layout, Order
 from align.models.layout import attach
-from align.trainers.order import StratifiedRows
+from align.trainers.nonfinite import poisoned
+from align.trainers.order import ordered_loader, tree_lengths
+from align.trainers.surviving import SurvivingTrainer
 
 
 def turn_dropout_off(model: nn.Module) -> None:
@@ -25,7 +27,7 @@ def turn_dropout_off(model: nn.Module) -> None:
             module.attention_dropout = 0.0
 
 
-class TreeTrainer(Trainer):
+class TreeTrainer(SurvivingTrainer):
     """One loss a tree; a subclass says what the losses and metrics of a batch are, and what they are called.
 
     The loss is the mean over the trees of the optimizer step, whatever the split into micro-batches and ranks, a last
@@ -73,26 +75,8 @@ class TreeTrainer(Trainer):
         raise NotImplementedError
 
     def get_train_dataloader(self) -> DataLoader:
-        """Micro-batches in the order asked for; accelerate deals consecutive ones out to the ranks."""
-        if self.order is Order.shuffled:
-            return super().get_train_dataloader()
-        args = self.args
-        in_step = args.gradient_accumulation_steps * self.accelerator.num_processes
-        rows = StratifiedRows(
-            self.train_dataset,
-            micro_batch_size=args.train_batch_size,
-            batch_size=args.train_batch_size * in_step,
-            seed=args.seed if args.data_seed is None else args.data_seed,
-        )
-        loader = DataLoader(
-            rows,
-            batch_size=args.train_batch_size,
-            collate_fn=self.data_collator,
-            num_workers=args.dataloader_num_workers,
-            pin_memory=args.dataloader_pin_memory,
-            drop_last=args.dataloader_drop_last,
-        )
-        return self.accelerator.prepare(loader)
+        """Micro-batches in the order asked for, the longest early; consecutive ones are dealt out to the ranks."""
+        return ordered_loader(self, tree_lengths(self.train_dataset), self.order)
 
     def _prepare_inputs(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         """The batch on its device, in its own precision.
@@ -118,8 +102,14 @@ class TreeTrainer(Trainer):
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             # Gradients are averaged over ranks, and `trees` already counts those of all ranks.
             loss = loss * self.accelerator.num_processes
-        loss = loss.float()
+        loss = poisoned(loss.float())
         return (loss, {"metrics": metrics}) if return_outputs else loss
+
+    def figures_so_far(self) -> Tensor | None:
+        return self._sums
+
+    def forget_figures(self, before: Tensor | None) -> None:
+        self._sums = before
 
     def prediction_step(
         self,

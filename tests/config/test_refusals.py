@@ -93,7 +93,11 @@ NO_EFFECT = [
     ("+recipe=dpo stages.dpo.save_every=0 stages.dpo.keep_checkpoints=3", "writes no checkpoints"),
     ("+recipe=dpo model.revision=main", "only a hub id has revisions"),
     ("+recipe=dpo model.trust_remote_code=true", "come without code"),
-    ("+recipe=sft_dpo stages.evaluate.seed=3", "samples nothing"),
+    ("+recipe=sft_dpo stages.evaluate.seed=3 stages.evaluate.kl_prompts=0", "sample nothing"),
+    ("+recipe=sft_dpo stages.evaluate.judge.reward_model=x", "only stages.evaluate.judge.kind=reward reads it"),
+    ("+recipe=sft_dpo stages.evaluate.judge.speaker.model=x", "only stages.evaluate.judge.kind=model reads it"),
+    ("+recipe=sft_dpo stages.evaluate.max_pairs=0 stages.evaluate.beta=0.2", "weighs no pairs"),
+    ("+recipe=sft_dpo stages.evaluate.resamples=500", "judges nothing"),
     (
         "+recipe=reward stages.reward.objective=ordinal stages.reward.label_smoothing=0.1",
         "only stages.reward.objective=",

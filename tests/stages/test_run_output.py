@@ -1,6 +1,5 @@
 """What a run says and leaves: our own lines only, every figure in its place, and no secret."""
 
-import math
 import os
 import re
 import subprocess
@@ -80,7 +79,7 @@ def test_stage_folders_hold_only_what_the_architecture_names(launched):
     trained = {"config.yaml", "started.json", "metrics.jsonl", "policy", "manifest.json", "wandb_id"}
     assert {path.name for path in (run_dir / "sft").iterdir()} == trained
     assert {path.name for path in (run_dir / "dpo").iterdir()} == trained
-    assert {path.name for path in run_dir.iterdir()} == {"sft", "dpo", "evaluate", "wandb"}
+    assert {path.name for path in run_dir.iterdir()} == {"sft", "dpo", "evaluate", "wandb", "report.html"}
 
 
 def test_every_logged_step_has_a_line_and_evaluations_have_theirs(tmp_path):
@@ -112,7 +111,8 @@ def interrupt(*_):
 
 def test_a_loss_that_is_no_number_stops_the_run_before_it_is_saved(tmp_path):
     line = ("run=[sft]", "stages.sft.learning_rate=1e25", "stages.sft.max_steps=9")
-    with pytest.raises(UserError, match=r"sft: the loss is nan at step \d; .*Lower stages\.sft\.learning_rate"):
+    with pytest.raises(UserError, match=r"sft: step \d: the loss .* not finite; .*Lower stages\.sft\.learning_rate"):
         run(tmp_path, *line)
     assert not list((tmp_path / "run" / "sft").rglob("*.safetensors"))
-    assert math.isnan(read_metrics(tmp_path / "run/sft/metrics.jsonl")[-1]["loss"])
+    lines = [line for line in read_metrics(tmp_path / "run/sft/metrics.jsonl") if "eval_loss" not in line]
+    assert [line.get("skipped_steps", 0) for line in lines[-3:]] == [1, 1, 1] and len(lines) < 9

@@ -37,8 +37,11 @@ def _values(items: Any) -> dict[str, Any]:
 
 
 def read_run(path: Path) -> dict[str, Any]:
-    """id, project, group, job_type, tags, config, axis (of every metric), rows, summary, exit_code of a .wandb file."""
-    run: dict[str, Any] = {"config": {}, "rows": [], "summary": {}, "axis": {}}
+    """id, project, group, job_type, tags, config, axis (of every metric), rows, summary, artifacts, alerts, exit_code.
+
+    Of a .wandb file. Artifacts: {name, type, aliases, files, metadata}, the tables that wandb makes left out.
+    """
+    run: dict[str, Any] = {"config": {}, "rows": [], "summary": {}, "axis": {}, "artifacts": [], "alerts": []}
     for record in _records(path):
         kind = record.WhichOneof("record_type")
         if kind == "run":
@@ -54,6 +57,13 @@ def read_run(path: Path) -> dict[str, Any]:
             run["summary"] |= _values(record.summary.update)
         elif kind == "metric":
             run["axis"][record.metric.glob_name or record.metric.name] = record.metric.step_metric
+        elif kind == "artifact" and record.artifact.type != "run_table":
+            seen = record.artifact
+            files = [content.path for content in seen.manifest.contents]
+            told = {"name": seen.name, "type": seen.type, "aliases": list(seen.aliases), "files": files}
+            run["artifacts"].append(told | {"metadata": json.loads(seen.metadata or "{}")})
+        elif kind == "alert":
+            run["alerts"].append((record.alert.title, record.alert.text, record.alert.level))
         elif kind == "exit":
             run["exit_code"] = record.exit.exit_code
     return run

@@ -134,7 +134,9 @@ def build(
         reference.attach(layout)
     trainer.begin(layout, [Scored(even)] if sources is None else sources, reference, offload=False)
     held_out = HeldOutSamples(trainer, prompt_rows(5, seed=9), folder / "samples.jsonl") if samples else None
-    trainer.end = UpdateEnd(trainer, held_out, SimpleNamespace(table=lambda *_: None), None)
+    trainer.alerts = []
+    tracker = SimpleNamespace(table=lambda *_: None, alert=lambda *words: trainer.alerts.append(words))
+    trainer.end = UpdateEnd(trainer, held_out, tracker, None)
     for callback in (trainer.end, KeepState(trainer), *callbacks):
         trainer.add_callback(callback)
     return trainer

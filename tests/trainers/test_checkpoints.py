@@ -6,7 +6,18 @@ from types import SimpleNamespace
 
 import pytest
 
-from align.trainers.checkpoints import SEAL, SealCheckpoint, checkpoint_step, newest_sealed, remove_newer, seal
+from align.trainers.checkpoints import (
+    SEAL,
+    KeepBest,
+    SealCheckpoint,
+    checkpoint_step,
+    newest_good,
+    newest_sealed,
+    owes_evaluation,
+    remove_newer,
+    seal,
+    write_digests,
+)
 
 IDENTITY = {"world_size": 1, "rows": "0123"}
 
@@ -87,3 +98,83 @@ def test_only_rank_0_seals_and_only_after_a_save(tmp_path, main):
     SealCheckpoint(main, IDENTITY).on_save(arguments, state, None)
     assert (path / SEAL).is_file() is main
     assert newest_sealed(tmp_path)[0] == (path if main else None)
+
+
+def flip(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "state/rank0.pt"])
+def test_a_file_of_the_right_size_with_other_bytes_is_found_by_its_digest(tmp_path, name):
+    good, bad = checkpoint(tmp_path, 2), checkpoint(tmp_path, 4)
+    for path in (good, bad):
+        write_digests(path, 0, 1)
+    assert newest_good(tmp_path) == (bad, IDENTITY, [])
+    flip(bad / name)
+    assert newest_sealed(tmp_path)[0] == bad
+    assert newest_good(tmp_path) == (good, IDENTITY, [f"{bad}: {name} is not what was written, passed over"])
+
+
+def test_every_rank_writes_the_digests_of_its_share_and_sizes_do_where_they_are_missing(tmp_path):
+    path = checkpoint(tmp_path, 4)
+    for rank in (0, 1):
+        write_digests(path, rank, 2)
+    first, second = (json.loads((path / f"digests-{rank}.json").read_text()) for rank in (0, 1))
+    assert first.keys() | second.keys() == json.loads((path / SEAL).read_text())["files"].keys()
+    assert not first.keys() & second.keys() and first and second
+    flip(path / "model.safetensors")
+    assert newest_good(tmp_path)[0] is None
+    for rank in (0, 1):
+        (path / f"digests-{rank}.json").unlink()
+    assert newest_good(tmp_path)[0] == path
+
+
+def test_a_seal_put_on_anew_forgets_older_digests(tmp_path):
+    path = checkpoint(tmp_path, 4)
+    write_digests(path, 0, 1)
+    (path / "model.safetensors").write_bytes(b"others!" * 4)
+    seal(path, IDENTITY)
+    assert newest_good(tmp_path)[0] == path
+
+
+def test_a_checkpoint_that_is_removed_while_it_is_read_does_no_harm(tmp_path):
+    write_digests(tmp_path / "checkpoint-9", 0, 1)
+    assert not (tmp_path / "checkpoint-9").exists()
+
+
+def test_a_save_is_followed_by_digests_and_the_next_one_waits_for_them(tmp_path):
+    callback = SealCheckpoint(True, IDENTITY)
+    path = checkpoint(tmp_path, 4, sealed=False)
+    arguments, state = SimpleNamespace(output_dir=str(tmp_path)), SimpleNamespace(global_step=4)
+    callback.on_save(arguments, state, None)
+    callback.on_step_end(arguments, state, SimpleNamespace(should_save=True))
+    assert (path / "digests-0.json").is_file()
+
+
+def test_an_evaluation_is_owed_where_the_run_was_stopped_before_it(tmp_path):
+    path = checkpoint(tmp_path, 4)
+    for lines, every, owed in (
+        ([], 2, True), ([], 3, False), ([], 0, False), ([{"step": 2, "eval_loss": 1.0}], 2, True),
+        ([{"step": 4, "loss": 1.0}], 2, True), ([{"step": 4, "eval_loss": 1.0}], 2, False),
+    ):  # fmt: skip
+        (path / "trainer_state.json").write_text(json.dumps({"global_step": 4, "log_history": lines}))
+        assert owes_evaluation(path, every) is owed
+    assert owes_evaluation(None, 0)
+
+
+def test_the_best_evaluation_is_saved_and_one_that_is_no_number_or_no_better_is_not(tmp_path):
+    callback, saved = KeepBest(), []
+    state = SimpleNamespace(global_step=0, best_metric=None, best_global_step=None, best_model_checkpoint=None)
+    for step, loss in ((0, 0.1), (2, float("nan")), (4, 3.0), (6, 2.0), (8, 2.5), (10, 2.0)):
+        control = SimpleNamespace(should_save=False)
+        state.global_step = step
+        callback.on_evaluate(SimpleNamespace(output_dir=str(tmp_path)), state, control, {"eval_loss": loss})
+        if control.should_save:
+            saved.append(step)
+    assert saved == [4, 6]
+    assert state.best_metric == 2.0 and state.best_model_checkpoint == str(tmp_path / "checkpoint-6")
+    state.best_model_checkpoint = None
+    callback.on_train_begin(None, state, None)
+    assert state.best_metric is None

@@ -512,6 +512,7 @@ def test_a_guard_that_is_not_asked_to_stop_only_warns(tmp_path, capsys):
     trainer.train()
     assert len(lines(trainer)) == 6 and trainer.end.stopped_by is None
     assert capsys.readouterr().err.count("ppo: WARN too far") == 1
+    assert trainer.alerts == [("ppo: kl", "too far")]
 
 
 def test_the_best_checkpoint_is_that_of_the_objective_less_the_kl_in_the_reward(tmp_path):

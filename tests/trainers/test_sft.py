@@ -44,7 +44,7 @@ def trainer(tmp_path, train, *, model=None, held_out=None, stage=None, tokenizer
     for name, value in {**defaults, "learning_rate": 1e-3, **settings}.items():
         setattr(stage, name, value)
     machine = Machine(world_size=1, cuda=False, bf16=False, zero=None)
-    values = trainer_arguments(stage, machine, tmp_path, log_every=1, evaluate=held_out is not None, fresh=True)
+    values = trainer_arguments(stage, machine, tmp_path, log_every=1, evaluate=held_out is not None, judge_first=True)
     arguments = sft_arguments(stage, values)
     tokenizer = tokenizer or with_pad(chatml())
     return build_sft_trainer(model or tiny("llama"), arguments, train, held_out, tokenizer, [], stage_name="sft")

@@ -1,0 +1,137 @@
+"""The shape of a model, read off its config: built on the meta device, which has sizes and no numbers."""
+
+import json
+import warnings
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+import torch
+from peft import TaskType
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from align.config.errors import UserError
+from align.config.schema import ModelConfig, PeftConfig, PeftMethod
+from align.distributed.memory import Shape
+from align.models.load import load_config
+from align.models.peft import add_adapter
+
+CHECKED = frozenset({"llama", "mistral", "qwen2", "qwen3", "phi3", "granite", "olmo2", "gemma3_text"})
+"""Model types whose activations tests/distributed/test_memory.py holds against what autograd keeps."""
+
+
+def shape_of(name: str, model: ModelConfig, peft: PeftConfig | None = None, *, scores: bool = False) -> Shape:
+    """The shape of a causal model, with the adapters that `peft` asks for; with a score head if `scores`.
+
+    Reads config.json and nothing else; takes a second or two for any size.
+    Raises: UserError if the config cannot be read or the model cannot be built without numbers.
+    """
+    try:
+        shape = _shape(_on_meta(name, model.revision, model.trust_remote_code, scores))
+        if peft is None or peft.method is PeftMethod.none:
+            return shape
+        return replace(shape, adapter=_adapters_of(name, model, peft, scores), adapter_rank=peft.r)
+    # Code that comes with a model may need numbers to build it, or name its parts in its own way.
+    except (AttributeError, KeyError, TypeError, RuntimeError, NotImplementedError) as error:
+        raise UserError(f"{name}: its shape cannot be read ({type(error).__name__}: {error})") from error
+
+
+def _shape(built: PreTrainedModel) -> Shape:
+    config, layers = built.config.get_text_config().to_dict(), _layers(built)
+    linear = {key: module for key, module in built.named_modules() if isinstance(module, nn.Linear | Conv1D)}
+    hidden = built.get_input_embeddings().weight.shape[1]
+    heads = _number(config, "num_attention_heads", "n_head") or 1
+    norms = [
+        m.weight.numel() for key, m in layers[0].named_modules() if "Norm" in type(m).__name__ and m.weight is not None
+    ]
+    mlp = _mlp_width(config, hidden)
+    wide = sum(_sizes(m)[1] for m in layers[0].modules() if isinstance(m, nn.Linear | Conv1D) and _widens(m, mlp))
+    embedding = built.get_input_embeddings().weight.numel()
+    return Shape(
+        parameters=built.num_parameters(),
+        linear=sum(module.weight.numel() for module in linear.values()),
+        largest=max(embedding, *(sum(p.numel() for p in layer.parameters()) for layer in layers)),
+        layers=len(layers),
+        hidden=hidden,
+        heads=heads,
+        key_heads=_number(config, "num_key_value_heads") or heads,
+        head_width=_number(config, "head_dim") or hidden // heads,
+        mlp=mlp,
+        vocabulary=built.get_input_embeddings().weight.shape[0],
+        # Experts keep their weights outside linear layers; all that transformers has are gated.
+        gated=wide >= 2 * mlp or not wide,
+        norms=max(1, norms.count(hidden)),
+        head_norms=any(numbers != hidden for numbers in norms),
+        checked=config.get("model_type") in CHECKED,
+    )
+
+
+@cache
+def _on_meta(name: str, revision: str | None, trust_remote_code: bool, scores: bool) -> PreTrainedModel:
+    return _build(name, revision, trust_remote_code, scores)
+
+
+def _build(name: str, revision: str | None, trust_remote_code: bool, scores: bool) -> PreTrainedModel:
+    config = load_config(name, ModelConfig(revision=revision, trust_remote_code=trust_remote_code))
+    auto = AutoModelForSequenceClassification if scores else AutoModelForCausalLM
+    if scores:
+        config.num_labels = 1
+    try:
+        with torch.device("meta"):
+            return auto.from_config(config, trust_remote_code=trust_remote_code)
+    except ValueError as error:
+        raise UserError(f"{name}: {str(error).splitlines()[0]}") from error
+
+
+def _layers(model: PreTrainedModel) -> nn.ModuleList:
+    """The decoder's layers: the longest list of modules."""
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    if not lists:
+        raise UserError(f"{type(model).__name__}: no list of layers in it, so its memory cannot be planned")
+    return max(lists, key=len)
+
+
+def _number(config: dict[str, Any], *names: str) -> int:
+    """The first of these keys that a config has; 0 if it has none."""
+    return next((config[name] for name in names if isinstance(config.get(name), int)), 0)
+
+
+def _mlp_width(config: dict[str, Any], hidden: int) -> int:
+    """Width inside the MLP; with experts, the sum over those that a token passes."""
+    dense = _number(config, "intermediate_size", "n_inner", "ffn_dim") or 4 * hidden
+    chosen = _number(config, "num_experts_per_tok")
+    if not chosen:
+        return dense
+    each = _number(config, "moe_intermediate_size") or dense
+    return chosen * each + _number(config, "shared_expert_intermediate_size")
+
+
+def _sizes(module: nn.Module) -> tuple[int, int]:
+    """Inputs and outputs of a linear layer; Conv1D (GPT-2) keeps its weight the other way round."""
+    rows, columns = module.weight.shape
+    return (rows, columns) if isinstance(module, Conv1D) else (columns, rows)
+
+
+def _widens(module: nn.Module, mlp: int) -> bool:
+    """Whether a linear layer leads into the MLP: it gives its width, or twice that where gate and way up are one."""
+    inputs, outputs = _sizes(module)
+    return outputs in (mlp, 2 * mlp) and inputs < outputs
+
+
+def _adapters_of(name: str, model: ModelConfig, peft: PeftConfig, scores: bool) -> int:
+    settings = json.dumps({"r": peft.r, "target_modules": peft.target_modules})
+    return _adapter_parameters(name, (model.revision, model.trust_remote_code), settings, scores)
+
+
+@cache
+def _adapter_parameters(name: str, model: tuple[str | None, bool], peft: str, scores: bool) -> int:
+    """Numbers that are trained with adapters, the score head included: as PEFT puts them on a model without numbers."""
+    settings = PeftConfig(**json.loads(peft), method=PeftMethod.lora)
+    task = TaskType.SEQ_CLS if scores else TaskType.CAUSAL_LM
+    # It draws weights from a seed, of which nobody else is to notice.
+    with torch.random.fork_rng(devices=[]), torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        adapted = add_adapter(_build(name, *model, scores), settings, seed=0, zero3=True, task=task)
+    return sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)

@@ -1,0 +1,32 @@
+"""`report.html`: written into a run folder, or of several runs beside them."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from align import artifacts
+from align.config.errors import UserError
+from align.tracking.compare_page import compare_page
+from align.tracking.progress import say
+from align.tracking.report_page import report_page
+from align.tracking.run_folder import RunFolder, read_run
+
+REPORT = "report.html"
+
+
+def write_report(runs: Sequence[RunFolder], path: Path) -> None:
+    """Write the page of one run, or of several compared. Raises: UserError if the place cannot be written."""
+    text = report_page(runs[0]) if len(runs) == 1 else compare_page(runs)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        artifacts.write_text(path, text)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error.strerror or error}; use out=FILE.html") from error
+
+
+def leave_report(run_dir: Path) -> None:
+    """Write the page of a chain that is complete, into its folder. A page that cannot be made is said, and no more: the
+    models are there and signed."""
+    try:
+        write_report([read_run(run_dir)], run_dir / REPORT)
+    except Exception as error:
+        say(f"WARN {run_dir / REPORT} was not written: {type(error).__name__}: {error}")
