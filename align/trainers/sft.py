@@ -89,7 +89,7 @@ class TokenWeightedTrainer(SurvivingTrainer, SFTTrainer):
 
     def get_train_dataloader(self) -> DataLoader:
         """Rows that are not packed in an order of ours, the longest early; packed ones are all nearly as long."""
-        if self.args.packing:
+        if self.args.packing or self.args.train_sampling_strategy == "sequential":
             return super().get_train_dataloader()
         return ordered_loader(self, sequence_lengths(self.train_dataset), Order.shuffled)
 

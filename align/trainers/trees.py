@@ -75,7 +75,12 @@ class TreeTrainer(SurvivingTrainer):
         raise NotImplementedError
 
     def get_train_dataloader(self) -> DataLoader:
-        """Micro-batches in the order asked for, the longest early; consecutive ones are dealt out to the ranks."""
+        """Micro-batches in the order asked for, the longest early; consecutive ones are dealt out to the ranks.
+
+        Arguments that ask for the rows one after the other are obeyed: so a comparison sees the same rows.
+        """
+        if self.args.train_sampling_strategy == "sequential":
+            return super().get_train_dataloader()
         return ordered_loader(self, tree_lengths(self.train_dataset), self.order)
 
     def _prepare_inputs(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -8,7 +8,10 @@ from align.artifacts import read_manifest
 from tests.chain.runs import environment
 from tests.launching import deepspeed, torchrun
 
-FEW_STEPS = ("stages.sft.max_steps=2", "stages.dpo.max_steps=2", "stages.evaluate.max_prompts=2")
+FEW_STEPS = (
+    "stages.sft.max_steps=2", "stages.dpo.max_steps=2", "stages.evaluate.max_prompts=2", "stages.evaluate.kl_prompts=0",
+    "stages.evaluate.max_pairs=0", "stages.evaluate.max_texts=0",
+)  # fmt: skip
 LAUNCHERS = {
     "deepspeed": [*deepspeed("--no_local_rank", "--module"), "align"],
     # Without the flag the launcher passes --local_rank=N, which is dropped at the door.

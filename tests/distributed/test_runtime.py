@@ -30,6 +30,9 @@ class Ended:
     seconds: float
 
 
+slow = pytest.mark.skipif(not os.environ.get("ALIGN_SLOW_TESTS"), reason="starts ranks; set ALIGN_SLOW_TESTS=1")
+
+
 def launch(
     kind: str, folder: Path, *, ranks: int = 2, only: list[int] | None = None, timeout: float = TIMEOUT
 ) -> list[Ended]:
@@ -72,6 +75,7 @@ def says(rank: Ended) -> str:
     return line
 
 
+@slow
 def test_ranks_that_do_their_work_end_well_and_say_nothing(tmp_path):
     ends = launch("none", tmp_path)
     assert [end.code for end in ends] == [0, 0]
@@ -114,6 +118,7 @@ def test_why_one_rank_failed_is_said_by_the_others(tmp_path):
     assert first.seconds < LONG / 2
 
 
+@slow
 def test_what_all_ranks_refuse_is_nobodys_loss(tmp_path):
     ends = launch("all refused", tmp_path, timeout=LONG)
     assert [end.code for end in ends] == [2, 2]
@@ -133,12 +138,14 @@ def test_a_rank_that_never_started_is_named(tmp_path):
     assert "here: rank 0" in says(first)
 
 
+@slow
 def test_a_rank_0_that_never_started_is_named(tmp_path):
     [second] = launch("none", tmp_path, only=[1], timeout=3)
     assert second.code == LOST
     assert re.search(r"rank 1 on \S+ has not reached rank 0 at 127.0.0.1:\d+ in 3 s .*refused", says(second))
 
 
+@slow
 def test_a_rank_that_is_busy_for_long_before_the_start_is_waited_for(tmp_path):
     assert [end.code for end in launch("late", tmp_path, timeout=5)] == [0, 0]
 
