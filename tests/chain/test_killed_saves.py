@@ -10,12 +10,12 @@ import pytest
 
 from tests.chain.runs import REPO, environment, weights
 
-KILLS = 20 if os.environ.get("ALIGN_SLOW_TESTS") else 4
+KILLS = 20
 COMMAND = (
     "+recipe=sft_dpo", "run=[sft]", "precision=fp32", "data.held_out_fraction=0", f"stages.sft.max_steps={3 * KILLS}",
     "stages.sft.save_every=1", "stages.sft.batch_size=2", "stages.sft.micro_batch_size=1", "stages.sft.packing=false",
 )  # fmt: skip
-TWO_RANKS = pytest.mark.skipif(not os.environ.get("ALIGN_SLOW_TESTS"), reason="set ALIGN_SLOW_TESTS=1")
+pytestmark = pytest.mark.skipif(not os.environ.get("ALIGN_SLOW_TESTS"), reason="takes minutes; set ALIGN_SLOW_TESTS=1")
 
 
 def killed(folder: Path, kills: int, ranks: int, *more: str) -> list[dict]:
@@ -34,7 +34,7 @@ def killed(folder: Path, kills: int, ranks: int, *more: str) -> list[dict]:
 
 
 @pytest.mark.timeout(1900)
-@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=TWO_RANKS)])
+@pytest.mark.parametrize("ranks", [1, 2])
 def test_no_sealed_checkpoint_is_lost(ranks, tmp_path):
     zero = ("deepspeed=zero2",) if ranks > 1 else ()
     assert killed(tmp_path / "whole", 0, ranks, *zero) == [{"exit_codes": [0] * ranks}]

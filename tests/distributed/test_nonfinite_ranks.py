@@ -27,9 +27,7 @@ MODES = {
     "zero3_lora": "micro=4,zero=3,peft=lora",
 }
 WITHOUT = "zero0"
-QUICK = ("accumulated", "zero3")
-if not os.environ.get("ALIGN_SLOW_TESTS"):
-    MODES = {name: MODES[name] for name in QUICK}
+pytestmark = pytest.mark.skipif(not os.environ.get("ALIGN_SLOW_TESTS"), reason="takes minutes; set ALIGN_SLOW_TESTS=1")
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,6 @@
 """Two hosts, each with its own network, name and sshd: launches, equal losses, the death of a host, a cut cable.
 
-A short part runs always where namespaces are allowed; all of it:
+It takes a quarter of an hour, so it runs only when asked for:
 ALIGN_SLOW_TESTS=1 python -m pytest tests/distributed/test_two_hosts.py
 """
 
@@ -99,6 +99,7 @@ def check_logs(run_dir: Path) -> None:
     assert first.splitlines()[-1].endswith("ended well") and second.splitlines()[-1].endswith("ended well")
 
 
+@slow
 def test_a_run_on_two_hosts_is_that_of_one_process(hosts, alone):
     place, few = hosts.folder / "short", FEW["sft"]
     run = launch(hosts, "no_ssh", place, "sft", *few, "deepspeed=zero2")

@@ -118,7 +118,7 @@ def test_ties_are_kept_or_dropped_as_asked(tmp_path, capsys):
             ["data.preferences={pairs}", "data.text={folder}/other.txt", "out={folder}/rows.jsonl"],
             "data.preferences, data.text are",
         ),
-        (["data.preferences={pairs}", "out={folder}/rows.jsonl", "do=train"], "only do=convert writes it"),
+        (["data.preferences={pairs}", "out={folder}/rows.jsonl", "do=train"], "only do=convert and do=report write it"),
     ],
 )
 def test_what_cannot_be_converted_is_said_in_one_line(tmp_path, capsys, arguments, said):
