@@ -7,6 +7,8 @@ import sys
 from contextlib import closing
 from pathlib import Path
 
+import pytest
+
 REPO = Path(__file__).resolve().parents[1]
 BIN = Path(sys.executable).parent
 
@@ -39,3 +41,7 @@ def run_modes(launcher: list[str], script: Path, folder: Path, modes: dict[str, 
         timeout=600,
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+
+
+slow = pytest.mark.skipif(not os.environ.get("ALIGN_SLOW_TESTS"), reason="takes long; set ALIGN_SLOW_TESTS=1")
+"""Of tests whose claim a quicker one shows in part."""

@@ -7,6 +7,7 @@ import pytest
 from align.artifacts import read_manifest
 from align.tracking.local import read_metrics
 from tests.chain.runs import finish, kill_when, logged_step, weights
+from tests.launching import slow
 
 SFT = ("+recipe=sft_dpo", "precision=fp32", "stages.sft.max_steps=6", "stages.sft.save_every=2")
 DPO = ("+recipe=sft_dpo", "precision=fp32", "stages.dpo.max_steps=6", "stages.dpo.save_every=2")
@@ -52,6 +53,7 @@ def test_a_resumed_stage_logs_every_step_once(uninterrupted, tmp_path):
     assert losses == expected
 
 
+@slow
 def test_one_launch_equals_two(uninterrupted, tmp_path):
     finish(tmp_path, *SFT, "run=[sft]")
     finish(tmp_path, *DPO, "run=[dpo]")

@@ -6,7 +6,7 @@ import pytest
 
 from align.artifacts import read_manifest
 from tests.chain.runs import environment
-from tests.launching import deepspeed, torchrun
+from tests.launching import deepspeed, slow, torchrun
 
 FEW_STEPS = (
     "stages.sft.max_steps=2", "stages.dpo.max_steps=2", "stages.evaluate.max_prompts=2", "stages.evaluate.kl_prompts=0",
@@ -22,7 +22,8 @@ LAUNCHERS = {
 
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize(
-    ("launcher", "zero"), [("deepspeed", "zero3"), ("deepspeed with local_rank", "zero2"), ("torchrun", "none")]
+    ("launcher", "zero"),
+    [("deepspeed", "zero3"), pytest.param("deepspeed with local_rank", "zero2", marks=slow), ("torchrun", "none")],
 )
 def test_a_chain_runs_on_two_ranks_under(launcher, zero, tmp_path):
     done = subprocess.run(

@@ -10,6 +10,7 @@ from align.stages.needs import Setup, Target, needs
 from align.stages.rows import load_template, tokenised
 from align.trainers.out_of_memory import BatchNamingTrainer
 from tests.distributed.test_memory import kept_by
+from tests.launching import slow
 
 PLAIN = Sharding(None, False, 1)
 RUNS = {
@@ -22,7 +23,10 @@ RUNS = {
 }
 
 
-@pytest.mark.parametrize(("name", "logits", "settings"), list(RUNS.values()), ids=list(RUNS))
+@pytest.mark.parametrize(
+    ("name", "logits", "settings"),
+    [pytest.param(*run, id=name, marks=[] if name in ("sft", "dpo") else slow) for name, run in RUNS.items()],
+)
 def test_a_run_keeps_what_was_counted_and_its_longest_batch_comes_early(name, logits, settings, tmp_path, monkeypatch):
     recipe = {"sft": ["+recipe=sft"], "dpo": ["+recipe=dpo"], "reward": ["+recipe=reward"]}[name]
     more = [f"stages.{name}.max_steps=25", f"stages.{name}.save_every=0", "data.held_out_fraction=0"]

@@ -23,6 +23,7 @@ from align.models.load import EMBEDDED
 from align.verbs import doctor, doctor_devices, doctor_disk, doctor_inputs, environment
 from align.verbs.doctor_lines import FAIL, OK, WARN, Line, over_ranks, table
 from tests.conftest import REPO
+from tests.launching import slow
 from tests.verbs.doctor_launch import FAULTS
 
 SFT = "+recipe=sft"
@@ -361,6 +362,7 @@ LAUNCHED = {
 }
 
 
+@slow
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize(("name", "expected"), LAUNCHED.items(), ids=LAUNCHED.keys())
 def test_two_ranks_with_a_fault(name, expected, launches, usual):
