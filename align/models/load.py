@@ -203,15 +203,6 @@ def load_config(name: str, model: ModelConfig) -> PreTrainedConfig:
         raise not_loaded(name, "config", error) from error
 
 
-def count_parameters(name: str, model: ModelConfig) -> int:
-    """Parameters of a model, from its config alone (meta device, no weights read)."""
-    config = AutoConfig.from_pretrained(
-        resolve_model(name), revision=model.revision, trust_remote_code=model.trust_remote_code
-    )
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=model.trust_remote_code).num_parameters()
-
-
 def check_saved_model(path: Path, model: ModelConfig) -> None:
     """Prove that a written folder holds every tensor of its architecture, in the right shape, without loading it.
 

@@ -52,7 +52,7 @@ def scores(
             figures |= {**_kl(one), **win}
             against = _against(stage, rows, one, base, figures, judged)
             figures["changes"] = against
-            lines.append(f"{name} against {stage.baseline}: {verdict_line(Against(**_words(against, judged)))}")
+            lines.append(f"{name} against {stage.baseline}: {verdict_line(_spoken_of(against))}")
         models[name] = _plain(figures)
     texts = {name: _texts(one.replies) for name, one in measured.items()}
     return {
@@ -246,8 +246,8 @@ def _against(
     return found
 
 
-def _words(against: dict[str, Any], judged: Diagnosis | None) -> dict[str, Any]:
-    return against | {"collapse": [flag["name"] for flag in against.get("collapse", ())]}
+def _spoken_of(changes: dict[str, Any]) -> Against:
+    return Against(**(changes | {"collapse": [flag["name"] for flag in changes.get("collapse", ())]}))
 
 
 def _texts(replies: Sequence[Said | Failed]) -> list[str]:

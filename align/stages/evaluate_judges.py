@@ -23,7 +23,7 @@ from align.stages.evaluate_parts import Parts
 from align.stages.rows import load_template
 from align.stages.scoring import answer_scores
 from align.stages.session import input_digests
-from align.stages.speakers import load_speaker, local_name
+from align.stages.speakers import check_speaker, load_speaker, local_name
 from align.trainers.reward_sources import Answered, FunctionReward, function_digest
 
 WHERE = "stages.evaluate.judge"
@@ -48,8 +48,7 @@ def check_judge(stage: EvaluateStage, context: RunContext) -> None:
         check_function(f"{WHERE}.function", judge.function)
         FunctionReward(_function(stage))
     if judge.kind is JudgeKind.model:
-        if not judge.speaker.model:
-            raise UserError(f"{WHERE}.kind=model needs {WHERE}.speaker.model")
+        check_speaker(judge.speaker, f"{WHERE}.speaker")
         load_constitution(judge.constitution)
 
 

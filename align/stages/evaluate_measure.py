@@ -1,6 +1,6 @@
 """Everything that an evaluation asks of its models, one model in memory at a time."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from align.constitutional.work import Work
 from align.data.files import read_file
 from align.data.prepare import few_shot_examples
 from align.data.records import Message, PromptRow
+from align.evaluation.text_loss import word_counts
 from align.generation.speakers import Failed, Said
 from align.stages.context import RunContext
 from align.stages.evaluate_models import Answer, Subject
@@ -134,20 +135,18 @@ def _read_text(subject: Subject, measured: Measured) -> None:
     rows = [(ids[:1], ids[1:]) for ids in pieces if len(ids) > 1]
     logps = subject.token_logps("texts", rows)
     measured.text_logps = [sum(values) for values in logps]
-    measured.text_words = [float(subject.words(ids)) for _, ids in rows]
+    measured.text_words = word_counts([subject.text_of(ids) for _, ids in rows]).tolist()
     measured.text_digest = prepared.report.digest
 
 
 def _task_rows(path: str, wanted: Sequence[str]) -> list[dict[str, Any]]:
-    return list(_checked_rows(path, wanted))
-
-
-def _checked_rows(path: str, wanted: Sequence[str]) -> Iterator[dict[str, Any]]:
     file = Path(path)
     if not file.is_file():
         raise UserError(f"{path}: no such file (stages.evaluate.tasks or instructions)")
+    rows = []
     for origin, row in read_file(file):
-        missing = [name for name in wanted if not isinstance(row, dict) or name not in row]
+        missing = [name for name in wanted if name not in row]
         if missing:
             raise UserError(f"{origin}: no {missing[0]}; rows of this file need {', '.join(wanted)}")
-        yield row
+        rows.append(row)
+    return rows

@@ -122,9 +122,9 @@ class Subject:
         context = self.context
         return prepare_text(context.config.data, self.template, self.stage.max_tokens, context.cache_dir)
 
-    def words(self, ids: Sequence[int]) -> int:
-        """Words of a text of tokens."""
-        return len(self.template.tokenizer.decode(list(ids), skip_special_tokens=True).split())
+    def text_of(self, ids: Sequence[int]) -> str:
+        """A text of its tokens, without special ones."""
+        return self.template.tokenizer.decode(list(ids), skip_special_tokens=True)
 
     def close(self) -> None:
         """Give the memory of the model back, if it was ever loaded."""

@@ -26,14 +26,7 @@ def speaker_configs(stage: ConstitutionalStage) -> dict[str, SpeakerConfig]:
 def check_speakers(stage: ConstitutionalStage) -> None:
     """Raises: UserError for a server without its address or model, a generator without a model, two engines of vLLM."""
     for role in ROLES:
-        config, key = getattr(stage, role), f"stages.constitutional.{role}"
-        server = config.backend is SpeakerBackend.server
-        if not config.model and (server or role == "generator"):
-            raise UserError(f"{key}.model is not set; name the model" + (" as the server does" if server else ""))
-        if server and not config.url:
-            raise UserError(f"{key}.backend=server needs {key}.url, such as http://localhost:8000/v1")
-        if config.backend is SpeakerBackend.vllm and config.model == "tiny-untrained":
-            raise UserError(f"{key}.model=tiny-untrained has no weights for vLLM to read; use {key}.backend=hf")
+        check_speaker(getattr(stage, role), f"stages.constitutional.{role}", needed=role == "generator")
     engines = _engines(stage)
     if len(engines) > 1:
         first, second, *_ = engines
@@ -41,6 +34,17 @@ def check_speakers(stage: ConstitutionalStage) -> None:
             f"stages.constitutional.{second}.backend=vllm: {first} has an engine of vLLM already, with other settings, "
             f"and a process holds one; set {second}.backend=hf, or serve that model with vllm serve and backend=server"
         )
+
+
+def check_speaker(config: SpeakerConfig, key: str, *, needed: bool = True) -> None:
+    """Raises: UserError for a model that cannot be asked. needed: whether there has to be one (a server's always)."""
+    server = config.backend is SpeakerBackend.server
+    if not config.model and (server or needed):
+        raise UserError(f"{key}.model is not set; name the model" + (" as the server does" if server else ""))
+    if server and not config.url:
+        raise UserError(f"{key}.backend=server needs {key}.url, such as http://localhost:8000/v1")
+    if config.backend is SpeakerBackend.vllm and config.model == "tiny-untrained":
+        raise UserError(f"{key}.model=tiny-untrained has no weights for vLLM to read; use {key}.backend=hf")
 
 
 def load_speakers(stage: ConstitutionalStage, context: RunContext) -> dict[str, Speaker]:

@@ -198,7 +198,7 @@ def test_a_judge_with_a_habit_is_called_one(tmp_path, monkeypatch, kind, words):
         ({"baseline": "bas"}, r"baseline=bas is none of stages\.evaluate\.models \(base, sft\)"),
         ({"judge": JudgeConfig(kind=JudgeKind.reward)}, r"needs stages\.evaluate\.judge\.reward_model"),
         ({"judge": JudgeConfig(kind=JudgeKind.function)}, r"needs stages\.evaluate\.judge\.function"),
-        ({"judge": JudgeConfig(kind=JudgeKind.model)}, r"needs stages\.evaluate\.judge\.speaker\.model"),
+        ({"judge": JudgeConfig(kind=JudgeKind.model)}, r"stages\.evaluate\.judge\.speaker\.model is not set"),
         ({"tasks": ["nowhere.jsonl"]}, "nowhere.jsonl: no such file"),
         ({"few_shot": 10**6}, r"stages\.evaluate\.few_shot=1000000: data\.demonstrations has only"),
     ],
