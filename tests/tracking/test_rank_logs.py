@@ -66,6 +66,7 @@ def test_loggers_that_were_there_before_are_heard(tmp_path, log):
     handlers = (logging.StreamHandler(sys.stderr), logging.StreamHandler(sys.stdout))
     for logger, handler in zip((to_stderr, to_stdout), handlers, strict=True):
         logger.propagate = False
+        logger.setLevel(logging.INFO)  # its own: a sweep run earlier in this process may have set the root's
         logger.addHandler(handler)
     before = handlers[0].stream
     with rank_log(tmp_path, 1, 2):
