@@ -11,6 +11,7 @@ import pytest
 import torch
 from datasets import Dataset, disable_progress_bars
 from torch import Tensor
+from trl import SFTTrainer
 
 from align.config.errors import UserError
 from align.config.schema import DataConfig, PretrainStage, SFTStage
@@ -155,6 +156,21 @@ def test_the_loss_curve_does_not_depend_on_accumulation(tmp_path, packing):
     at_once, in_four = curve(4), curve(1)
     assert len(set(at_once)) == 6
     assert at_once == pytest.approx(in_four, rel=1e-5)
+
+
+@pytest.mark.parametrize("micro_batch_size", [4, 16])
+def test_figures_of_training_are_means_over_tokens_and_those_of_trl(tmp_path, micro_batch_size):
+    train = rows(16)
+    _, accuracy = judged(tiny("llama"), train)
+    settings = {"packing": False, "batch_size": 16, "micro_batch_size": micro_batch_size}
+    built = trainer(tmp_path, train, **settings)
+    assert logged(built, "mean_token_accuracy") == pytest.approx([accuracy], rel=1e-5)
+
+    by_trl = trainer(tmp_path, train, **settings | {"micro_batch_size": 16})
+    SFTTrainer.compute_loss(by_trl, by_trl.model.train(), next(iter(by_trl.get_train_dataloader())))
+    [line] = [line for line in built.state.log_history if "loss" in line]
+    for name in ("mean_token_accuracy", "entropy"):
+        assert line[name] == pytest.approx(by_trl._metrics["train"][name][0], rel=1e-5)
 
 
 @pytest.mark.parametrize("micro_batch_size", [1, 3])
