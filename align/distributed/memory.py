@@ -18,6 +18,10 @@ SUB_GROUP = 10**9
 """Parameters that ZeRO-3 updates at a time (deepspeed 0.19.8, `sub_group_size`)."""
 CHUNK_BYTES = 2**26
 """fp32 logits that PPO widens at a time; the backward pass has about four of them (align.models.actor_critic)."""
+WHOLE_LOGITS = 2**28
+"""Bytes up to which SFT makes a micro-batch's logits whole: tiles compute them twice."""
+WHOLE_COPIES = 3
+"""fp32 copies of whole logits: they themselves, the logarithms of their softmax, and a gradient."""
 TILE_TOKENS, TILE_VOCABULARY = 4096, 32768
 """The tile of logits in TRL 1.16's fused output layer."""
 FITS, TIGHT = 0.9, 1.0
@@ -295,8 +299,18 @@ def chunked_logits_bytes(shape: Shape, batch: Batch, form: Form, *, gradients: b
     return float(form.compute * numbers + 4 * min(4 * shape.vocabulary * batch.scored, CHUNK_BYTES))
 
 
-def fused_logits_bytes(shape: Shape, batch: Batch, form: Form) -> float:
-    """TRL's fused output layer: a tile of logits, and the gradients of hidden states and output layer in fp32."""
+def logits_are_whole(positions: int, vocabulary: int) -> bool:
+    """Whether SFT makes the logits of a micro-batch whole, which is faster, or in TRL's tiles."""
+    return WHOLE_COPIES * 4 * positions * vocabulary <= WHOLE_LOGITS
+
+
+def next_token_bytes(shape: Shape, batch: Batch, form: Form) -> float:
+    """`align.trainers.next_token`: whole logits while they are small.
+
+    Else TRL's fused output layer: a tile of logits, and the gradients of hidden states and output layer in fp32.
+    """
+    if logits_are_whole(batch.tokens, shape.vocabulary):
+        return float(WHOLE_COPIES * 4 * batch.tokens * shape.vocabulary)
     tile = min(batch.tokens, TILE_TOKENS) * min(shape.vocabulary, TILE_VOCABULARY)
     head = 0 if shape.adapter else 4 * shape.vocabulary * shape.hidden
     return float(form.compute * tile + 4 * batch.tokens * shape.hidden + head)

@@ -29,7 +29,7 @@ def shape_of(name: str, model: ModelConfig, peft: PeftConfig | None = None, *, s
     Raises: UserError if the config cannot be read or the model cannot be built without numbers.
     """
     try:
-        shape = _shape(_on_meta(name, model.revision, model.trust_remote_code, scores))
+        shape = _read(name, model.revision, model.trust_remote_code, scores)
         if peft is None or peft.method is PeftMethod.none:
             return shape
         return replace(shape, adapter=_adapters_of(name, model, peft, scores), adapter_rank=peft.r)
@@ -66,6 +66,11 @@ def _shape(built: PreTrainedModel) -> Shape:
         head_norms=any(numbers != hidden for numbers in norms),
         checked=config.get("model_type") in CHECKED,
     )
+
+
+@cache
+def _read(name: str, revision: str | None, trust_remote_code: bool, scores: bool) -> Shape:
+    return _shape(_on_meta(name, revision, trust_remote_code, scores))
 
 
 @cache

@@ -134,7 +134,7 @@ def _training_need(setup: Setup, sharding: Sharding) -> Need:
         several = setup.batch(READING_FORWARD)
         moments["scoring"] = {"activations": memory.reading_bytes(shape, several, form)}
     else:
-        backward["logits"] = memory.fused_logits_bytes(shape, batch, form)
+        backward["logits"] = memory.next_token_bytes(shape, batch, form)
     host = memory.offloaded_bytes(shape.trained, shape.frozen, sharding, form)
     return Need(_states(setup, [shape], sharding), moments, host)
 

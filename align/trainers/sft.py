@@ -15,23 +15,18 @@ from transformers import (
     TrainerCallback,
 )
 from trl import SFTConfig, SFTTrainer
-from trl.trainer import utils as trl_utils
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from align.config.errors import UserError
 from align.config.schema import Order, PretrainStage, SFTStage
-from align.data.fit import NOT_TRAINED
 from align.models.layout import FLOOR, ROUNDING_SHARE, plain_model
+from align.trainers.next_token import FIGURES, FUSED_OUTPUTS, row_sums, token_figures, trained_figures
 from align.trainers.nonfinite import poisoned
 from align.trainers.order import ordered_loader, sequence_lengths
 from align.trainers.surviving import SurvivingTrainer
 
-FIGURES = ("loss", "entropy", "mean_token_accuracy")
-"""Of an evaluation, under TRL's names."""
 EVALUATION_FORWARD = 4
 """Evaluation keeps no gradients, so it takes this many micro-batches at once; its rows are never packed."""
-FUSED_OUTPUTS = hasattr(trl_utils, "add_fused_lm_head")
-"""TRL 1.16 gives figures of every token without keeping logits; 1.14, the newest for Python 3.10, only their sums."""
 ROWS_SEARCHED = 256
 """Packed rows among which the one for the proof is chosen."""
 
@@ -105,12 +100,11 @@ class TokenWeightedTrainer(SurvivingTrainer, SFTTrainer):
         if return_outputs or not FUSED_OUTPUTS or self.aux_loss_enabled or not model.training:
             found = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
             return (poisoned(found[0]), found[1]) if return_outputs else poisoned(found)
-        out = model(**inputs, use_cache=False, fused_lm_head=True)
-        tokens = out.label_mask.sum()
-        found = torch.stack([out.entropy.detach().sum(), out.is_top1.sum(), tokens])
+        logps, entropy, hits, tokens = trained_figures(model, inputs)
+        found = torch.stack([entropy, hits, tokens])
         self._sums = found if self._sums is None else self._sums + found
         counted = tokens if num_items_in_batch is None else torch.as_tensor(num_items_in_batch)
-        loss = -out.log_probs.sum() / counted.clamp(min=1)
+        loss = -logps / counted.clamp(min=1)
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             # Gradients are averaged over ranks, and `counted` is of all ranks.
             loss = loss * self.accelerator.num_processes
@@ -151,37 +145,6 @@ class TokenWeightedTrainer(SurvivingTrainer, SFTTrainer):
         with torch.no_grad(), self.compute_loss_context_manager():
             sums = row_sums(model, inputs)
         return sums[:, 0].sum() / sums[:, -1].sum().clamp(min=1), sums, sums[:, -1]
-
-
-def row_sums(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    """Negative log-likelihood, entropy, hits and count of each row's trained tokens: float32 (rows, 4).
-
-    batch: of TRL's collator; a flat one (without padding) says by `seq_idx` which row a token belongs to.
-    """
-    token = torch.stack(token_figures(model, batch), dim=-1).float()
-    if "seq_idx" not in batch:
-        return token.sum(1)
-    row = batch["seq_idx"][0].long()
-    return token.new_zeros(int(row[-1]) + 1, token.shape[-1]).index_add_(0, row[1:], token[0])
-
-
-def token_figures(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Negative log-likelihood, entropy, hit, label mask of every next token: (rows, length - 1) each, 0 if masked."""
-    if FUSED_OUTPUTS:
-        out = model(**batch, fused_lm_head=True)
-        return -out.log_probs, out.entropy, out.is_top1, out.label_mask
-    logits = model(**{name: value for name, value in batch.items() if name != "labels"}).logits[:, :-1]
-    labels = batch["labels"][:, 1:]
-    mask = labels != NOT_TRAINED
-    columns = [torch.zeros(labels.shape, device=logits.device) for _ in FIGURES]
-    # The vocabulary is wide: its probabilities are made for one row at a time, of the tokens that count.
-    for row, trained in enumerate(mask):
-        logps = logits[row, trained].float().log_softmax(-1)
-        targets = labels[row, trained]
-        columns[0][row, trained] = -logps.gather(-1, targets[:, None]).squeeze(-1)
-        columns[1][row, trained] = -(logps.exp() * logps).sum(-1)
-        columns[2][row, trained] = (logps.argmax(-1) == targets).float()
-    return *columns, mask
 
 
 def token_means(prediction: EvalPrediction) -> dict[str, float]:

@@ -199,7 +199,8 @@ def _scored_words(setup: Setup) -> str:
     if isinstance(stage, PPOStage):
         return f"logits of {scored:,}, in fp32 a chunk at a time"
     if isinstance(stage, SFTStage | PretrainStage):
-        return "logits a tile at a time"
+        whole = memory.logits_are_whole(setup.batch().tokens, setup.policy().vocabulary)
+        return "small logits, whole" if whole else "logits a tile at a time"
     return f"logits of {scored:,} in fp32, whole"
 
 

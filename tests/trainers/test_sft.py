@@ -17,6 +17,7 @@ from align.config.errors import UserError
 from align.config.schema import DataConfig, PretrainStage, SFTStage
 from align.data.prepare import prepare_demonstrations, prepare_text
 from align.data.template import Template
+from align.distributed import memory
 from align.trainers.arguments import Machine, trainer_arguments
 from align.trainers.sft import build_sft_trainer, packing_problem, sft_arguments
 from tests.data.chat_tokenizers import chatml
@@ -138,8 +139,15 @@ def test_a_trained_model_is_packed_in_bf16(tmp_path):
     assert manifest.config["stages"]["sft"]["packing"]
 
 
+@pytest.fixture(params=["whole", "in tiles"])
+def logits(request, monkeypatch):
+    """Both ways that training makes logits."""
+    if request.param == "in tiles":
+        monkeypatch.setattr(memory, "WHOLE_LOGITS", 0)
+
+
 @pytest.mark.parametrize("family", ["llama", "qwen2_windows", "gemma3", "granite"])
-def test_the_loss_is_the_mean_over_trained_tokens_packed_or_not(tmp_path, family):
+def test_the_loss_is_the_mean_over_trained_tokens_packed_or_not(tmp_path, family, logits):
     train = rows(16)
     expected, _ = judged(tiny(family), train)
     for settings in ({"packing": True}, {"packing": False}, {"packing": False, "micro_batch_size": 4}):
@@ -159,7 +167,7 @@ def test_the_loss_curve_does_not_depend_on_accumulation(tmp_path, packing):
 
 
 @pytest.mark.parametrize("micro_batch_size", [4, 16])
-def test_figures_of_training_are_means_over_tokens_and_those_of_trl(tmp_path, micro_batch_size):
+def test_figures_of_training_are_means_over_tokens_and_those_of_trl(tmp_path, micro_batch_size, logits):
     train = rows(16)
     _, accuracy = judged(tiny("llama"), train)
     settings = {"packing": False, "batch_size": 16, "micro_batch_size": micro_batch_size}

@@ -341,9 +341,10 @@ def test_the_exit_code_reaches_the_shell(tmp_path, monkeypatch, capsys):
 
 @pytest.fixture(scope="module")
 def launches(tmp_path_factory) -> Path:
-    """Every launch of doctor_launch.py, each with the fault of its name."""
+    """Launches of doctor_launch.py, each with the fault of its name; those that only slow tests read if they run."""
     folder = tmp_path_factory.mktemp("launches")
-    command = [sys.executable, str(REPO / "tests/verbs/doctor_launch.py"), str(folder), *FAULTS]
+    wanted = FAULTS if os.environ.get("ALIGN_SLOW_TESTS") else ("none", "without_rank_0")
+    command = [sys.executable, str(REPO / "tests/verbs/doctor_launch.py"), str(folder), *wanted]
     env = {**os.environ, "PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=250)
     assert done.returncode == 0, done.stderr
@@ -384,8 +385,9 @@ def test_two_ranks_with_a_fault(name, expected, launches, usual):
 def test_rank_1_names_a_rank_0_that_never_comes(launches):
     place = launches / "without_rank_0"
     assert int((place / "rank1.code").read_text()) == 1
-    line = (place / "rank1.txt").read_text().splitlines()
-    assert len(line) == 1 and "rank 0 is silent: 127.0.0.1:" in line[0]
+    # transformers says on its own account when wandb is offline.
+    lines = [line for line in (place / "rank1.txt").read_text().splitlines() if not line.startswith("[INFO]")]
+    assert len(lines) == 1 and "rank 0 is silent: 127.0.0.1:" in lines[0]
 
 
 def test_the_bandwidth_of_the_sum_is_measured(launches):
