@@ -13,6 +13,7 @@ from align.config.rewards import parse_rewards
 from align.config.schema import (
     Advantage,
     ConstitutionalStage,
+    ExportForm,
     JudgeConfig,
     JudgeKind,
     KLController,
@@ -276,6 +277,20 @@ RULES: tuple[Rule, ...] = (
         )
         for key in keys
     ),
+    *(
+        (
+            f"stages.export.{key}",
+            lambda t: ExportForm.model not in t.stage.forms,
+            "only stages.export.forms=[model] writes a model",
+        )
+        for key in ("dtype", "max_shard_size", "generation", "generation.*")
+    ),
+    (
+        "stages.export.gguf_type",
+        lambda t: ExportForm.gguf not in t.stage.forms,
+        "no GGUF file is made; add stages.export.forms=[model,gguf]",
+    ),
+    ("stages.export.private", lambda t: t.stage.push_to is None, "nothing is uploaded; add stages.export.push_to=ID"),
     (
         "stages.evaluate.seed",
         lambda t: t.stage.temperature == 0 and not t.stage.kl_prompts,

@@ -20,6 +20,7 @@ SLOTS = {
     "ppo": "prompts",
     "constitutional": "prompts",
     "evaluate": "prompts",
+    "export": "prompts",
 }
 """Stage -> the data slot that it reads."""
 ALSO_READ = {"reward": ("demonstrations",)}

@@ -1,6 +1,7 @@
 """What values may be, beyond their type. Sizes that depend on the number of ranks are checked where ranks are known."""
 
 import math
+import re
 from collections.abc import Callable
 from dataclasses import fields
 from fnmatch import fnmatchcase
@@ -101,6 +102,11 @@ LIMITS: dict[str, Limit] = {
     "stages.evaluate.*.votes": NOT_NEGATIVE,
     "stages.evaluate.*.memory_share": (lambda value: 0 < value < 1, "above 0 and below 1"),
     "stages.evaluate.*price": NOT_NEGATIVE,
+    "stages.export.tolerance_nats": ABOVE_ZERO,
+    "stages.export.max_shard_size": (
+        lambda value: re.fullmatch(r"[1-9]\d*[KMG]B", str(value)) is not None,
+        "a size such as 500MB or 5GB",
+    ),
     "stages.reward.label_smoothing": BELOW_HALF,
     "stages.reward.centring_weight": NOT_NEGATIVE,
     "stages.reward.statistics_rows": AT_LEAST_ONE,

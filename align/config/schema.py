@@ -229,6 +229,32 @@ class WandbMode(Enum):
     offline = "offline"
 
 
+class ExportForm(Enum):
+    """What is exported: the whole model, the adapter alone to serve beside its base, a GGUF file for llama.cpp."""
+
+    model = "model"
+    adapter = "adapter"
+    gguf = "gguf"
+
+
+class ExportDtype(Enum):
+    """Number format of exported weights; `auto` is that of the policy, or of the base of an adapter."""
+
+    auto = "auto"
+    fp32 = "fp32"
+    bf16 = "bf16"
+    fp16 = "fp16"
+
+
+class GGUFType(Enum):
+    """Number format of a GGUF file."""
+
+    f32 = "f32"
+    f16 = "f16"
+    bf16 = "bf16"
+    q8_0 = "q8_0"
+
+
 @dataclass
 class ModelConfig:
     """Which model the first stage starts from, and how it is loaded."""
@@ -713,6 +739,36 @@ class EvaluateStage:
 
 
 @dataclass
+class ExportStage:
+    """A trained model as a folder to serve, proven to answer as it did when it was trained."""
+
+    policy: str = "${model.path}"
+    """What is exported: a policy or an adapter (peft.keep_adapter) of a stage, a folder, a hub id, an embedded name."""
+    forms: List[ExportForm] = field(default_factory=lambda: [ExportForm.model])
+    """model | adapter | gguf, several in brackets. gguf needs llama.cpp's converter to be installed."""
+    dtype: ExportDtype = ExportDtype.auto
+    """auto | fp32 | bf16 | fp16"""
+    max_shard_size: str = "5GB"
+    """Largest weight file, such as 500MB or 5GB; a larger model becomes several files."""
+    generation: Dict[str, Any] = field(default_factory=dict)
+    """What servers take as their default, such as {temperature: 0.7, top_p: 0.9}; stop tokens are always set."""
+    gguf_type: GGUFType = GGUFType.f16
+    """f32 | f16 | bf16 | q8_0"""
+    push_to: Optional[str] = None
+    """Hub repository, organisation/name, that the exported folder is uploaded to. null: nothing is uploaded."""
+    private: bool = True
+    """Whether a repository that is made for it is private."""
+    max_prompts: int = 8
+    """Prompts of `data.prompts`, the first ones, that are answered by the trained and by the exported model."""
+    max_new_tokens: int = 64
+    """Longest of those replies."""
+    vllm: bool = True
+    """Compare with vLLM too, where it is installed and there is a GPU."""
+    tolerance_nats: Optional[float] = None
+    """Largest difference in a token's log-probability that passes; null: by number format, see docs/serving.md."""
+
+
+@dataclass
 class Stages:
     """The settings of each stage in `run`."""
 
@@ -724,6 +780,7 @@ class Stages:
     ppo: Optional[PPOStage] = None
     constitutional: Optional[ConstitutionalStage] = None
     evaluate: Optional[EvaluateStage] = None
+    export: Optional[ExportStage] = None
 
 
 @dataclass

@@ -143,6 +143,11 @@ def _where(config: RunConfig, run_dir: Path, manifests: list[Manifest]) -> list[
     places += [("report", run_dir / name / REPORTS[name]) for name in _reports(manifests)]
     if model and config.peft.method is not PeftMethod.none:
         places.append(("adapter", run_dir / trained[-1] / "adapter"))
+    if any(m.stage == "export" for m in manifests):
+        left = {output["path"].split("/")[0] for m in manifests if m.stage == "export" for output in m.outputs}
+        places += [
+            ("exported", run_dir / "export" / name) for name in ("model", "adapter", "model.gguf") if name in left
+        ]
     if any(m.stage == "score" for m in manifests):
         places.append(("scores", run_dir / "score" / "scores.jsonl"))
     places += [
