@@ -181,6 +181,8 @@ RULES: tuple[Rule, ...] = (
     ("plan.*", _not_doing(Verb.plan), "only do=plan reads it; add do=plan"),
     ("out", _not_doing(Verb.convert, Verb.report), "only do=convert and do=report write it"),
     ("report.*", _not_doing(Verb.report), "only do=report reads it; add do=report"),
+    ("chat.*", _not_doing(Verb.chat), "only do=chat reads it; add do=chat"),
+    ("chat.seed", lambda t: t.config.chat.temperature == 0, "chat.temperature=0 samples nothing"),
     ("launch.*", _not_doing(Verb.env), "only do=env reads it; add do=env"),
     ("data.rankings", _not_doing(Verb.convert), "only do=convert asks; training on pairs takes all pairs of a ranking"),
     *(

@@ -19,6 +19,7 @@ class Verb(Enum):
     convert = "convert"
     env = "env"
     report = "report"
+    chat = "chat"
     recipes = "recipes"
 
 
@@ -364,6 +365,24 @@ class ReportConfig:
     """Run folders to compare on one page; `*` matches, as in 'runs/sweep/*'. Empty: the run of this command line."""
     to: ReportTo = ReportTo.html
     """html | wandb. wandb is html and a W&B Report in log.project; without login or network its spec, as a file."""
+
+
+@dataclass
+class ChatConfig:
+    """`do=chat`: who answers, and how."""
+
+    model: Optional[str] = None
+    """A stage of the run, such as sft; a folder, a hub id, an embedded name. null: the last stage's or model.path."""
+    base: Optional[str] = None
+    """Who answers beside it after /base. null: the model that its chain started from."""
+    system: Optional[str] = None
+    """System prompt at the start; /system TEXT sets another."""
+    temperature: float = 0.0
+    """0 is greedy: the same answer each time."""
+    max_new_tokens: int = 256
+    """Longest answer."""
+    seed: int = 7
+    """Of sampled answers, when temperature > 0."""
 
 
 @dataclass
@@ -808,5 +827,6 @@ class RunConfig:
     launch: LaunchConfig = field(default_factory=LaunchConfig)
     plan: PlanConfig = field(default_factory=PlanConfig)
     report: ReportConfig = field(default_factory=ReportConfig)
+    chat: ChatConfig = field(default_factory=ChatConfig)
     log: LogConfig = field(default_factory=LogConfig)
     stages: Stages = field(default_factory=Stages)

@@ -38,7 +38,7 @@ def write_model_cards(stage_dir: Path, manifest: Manifest, run_dir: Path) -> Non
 def model_card(manifest: Manifest, folder: str, run_dir: Path) -> str:
     """Markdown with the metadata block of the Hugging Face hub. `folder`: which of the stage's models it is of."""
     base = next((entry["path"] for entry in manifest.inputs if entry["name"] == "policy"), None)
-    root = None if base is None else _root(base)
+    root = None if base is None else root_of(base)
     licence = UNKNOWN if root is None else licence_of(root)
     stage = manifest.stage
     parts = [
@@ -153,7 +153,7 @@ def _without(value: Any, run_dir: Path) -> Any:
     return Path(inside).name if Path(inside).is_absolute() else inside
 
 
-def _root(path: str) -> str:
+def root_of(path: str) -> str:
     """The model that a chain started from: followed through the manifests beside each policy."""
     seen: set[str] = set()
     while path not in seen:
