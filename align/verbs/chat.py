@@ -201,7 +201,7 @@ class Conversation:
         return command != "/quit"
 
     def messages(self, label: str, turns: list[Turn]) -> list[Message]:
-        """The conversation up to the last of the turns, as one speaker knows it: with its own answers, if it gave any."""
+        """The conversation up to the last of the turns, as a speaker knows it: with its own answers, if it gave any."""
         said = [Message("system", turns[-1].system)] if turns[-1].system else []
         for turn in turns:
             said.append(Message("user", turn.asked))
