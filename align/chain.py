@@ -17,6 +17,7 @@ from align.config.errors import Stopped, UserError
 from align.config.keys import slots_of
 from align.config.rewards import RewardSetting, parse_rewards
 from align.config.schema import (
+    ClassifyStage,
     ConstitutionalStage,
     EvaluateStage,
     ExportStage,
@@ -166,6 +167,8 @@ def _wires(name: str, stage: Any) -> dict[str, str]:
     if isinstance(stage, ExportStage):
         return {f"stages.{name}.policy": stage.policy}
     wires = {f"stages.{name}.models.{key}": path for key, path in stage.models.items()}
+    if isinstance(stage, ClassifyStage):
+        return wires
     judge = stage.judge
     if judge.kind is JudgeKind.model and judge.speaker.model and judge.speaker.backend is not SpeakerBackend.server:
         wires[f"stages.{name}.judge.speaker.model"] = judge.speaker.model

@@ -114,7 +114,7 @@ def models_of(config: RunConfig) -> Iterator[str]:
             speakers = (stage.generator, stage.critic, stage.judge)
             yield from (one.model for one in speakers if one.model and one.backend is not SpeakerBackend.server)
         else:
-            yield from stage.models.values() if name == "evaluate" else [stage.policy]
+            yield from stage.models.values() if name in ("evaluate", "classify") else [stage.policy]
         if name == "evaluate":
             yield from _judges(stage.judge)
         for field in fields(stage):

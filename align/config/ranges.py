@@ -105,6 +105,9 @@ LIMITS: dict[str, Limit] = {
     "stages.evaluate.*.votes": NOT_NEGATIVE,
     "stages.evaluate.*.memory_share": (lambda value: 0 < value < 1, "above 0 and below 1"),
     "stages.evaluate.*price": NOT_NEGATIVE,
+    "stages.classify.few_shot": NOT_NEGATIVE,
+    "stages.classify.max_rows": AT_LEAST_ONE,
+    "stages.classify.resamples": (lambda value: value >= 100, "100 or more"),
     "stages.export.tolerance_nats": ABOVE_ZERO,
     "stages.export.max_shard_size": (
         lambda value: re.fullmatch(r"[1-9]\d*[KMG]B", str(value)) is not None,

@@ -758,6 +758,26 @@ class EvaluateStage:
 
 
 @dataclass
+class ClassifyStage:
+    """Models that put a label word to held-out texts of `data.demonstrations`, each word weighed as a whole answer."""
+
+    models: Dict[str, str] = field(default_factory=dict)
+    """Name -> folder, hub id, embedded name, or the output of an earlier stage."""
+    baseline: str = "base"
+    """Name of the model that the others are compared with."""
+    few_shot: int = 4
+    """One more column, the baseline shown so many rows of each label first, none of them held out. 0: none."""
+    labels: List[str] = field(default_factory=list)
+    """The label words; rows with another are left out. []: every answer that the rows have is one."""
+    max_rows: int = 500
+    """Held-out rows that are labelled, the first ones."""
+    batch_size: int = 16
+    """Questions put to a model together, on a rank."""
+    resamples: int = 2000
+    """Bootstrap resamples of rows for each interval."""
+
+
+@dataclass
 class ExportStage:
     """A trained model as a folder to serve, proven to answer as it did when it was trained."""
 
@@ -799,6 +819,7 @@ class Stages:
     ppo: Optional[PPOStage] = None
     constitutional: Optional[ConstitutionalStage] = None
     evaluate: Optional[EvaluateStage] = None
+    classify: Optional[ClassifyStage] = None
     export: Optional[ExportStage] = None
 
 
