@@ -17,8 +17,10 @@ from align.config.errors import Stopped, UserError
 from align.config.keys import slots_of
 from align.config.rewards import RewardSetting, parse_rewards
 from align.config.schema import (
+    ClassifyStage,
     ConstitutionalStage,
     EvaluateStage,
+    ExportStage,
     JudgeKind,
     ModelConfig,
     PPOStage,
@@ -33,8 +35,10 @@ from align.distributed import runtime
 from align.distributed.runtime import Runtime
 from align.models.load import check_model, context_length, load_config
 from align.models.reward import has_score_head
+from align.models.trained import is_adapter, trained_model
 from align.stages.agreement import refuse_unequal_config
 from align.stages.context import RunContext, flat, plain, saved_config, stage_record
+from align.stages.export import EXPORTED
 from align.stages.out_of_memory import memory_refusal
 from align.stages.rows import maker_of, prepare_ahead, starting_model
 from align.stages.saving import POLICY, REWARD_MODEL
@@ -160,7 +164,11 @@ def _wires(name: str, stage: Any) -> dict[str, str]:
         speakers = {role: getattr(stage, role) for role in ROLES}
         local = {role: one for role, one in speakers.items() if one.model and one.backend is not SpeakerBackend.server}
         return {f"stages.{name}.{role}.model": one.model for role, one in local.items()}
+    if isinstance(stage, ExportStage):
+        return {f"stages.{name}.policy": stage.policy}
     wires = {f"stages.{name}.models.{key}": path for key, path in stage.models.items()}
+    if isinstance(stage, ClassifyStage):
+        return wires
     judge = stage.judge
     if judge.kind is JudgeKind.model and judge.speaker.model and judge.speaker.backend is not SpeakerBackend.server:
         wires[f"stages.{name}.judge.speaker.model"] = judge.speaker.model
@@ -210,10 +218,10 @@ def _check_score_head(key: str, wire: str, model: ModelConfig) -> None:
 
 def _check_wire(key: str, wire: str, earlier: list[str], config: RunConfig, run_dir: Path) -> bool:
     """Whether the model is there; if not, an earlier stage of the run will make it. Raises: UserError."""
-    path, keep_adapter = Path(wire), config.peft.keep_adapter
-    if path.parent.parent == run_dir and path.name in (POLICY, REWARD_MODEL):
+    path, exports = Path(wire), key == "stages.export.policy"
+    if path.parent.parent == run_dir and path.name in (POLICY, REWARD_MODEL, EXPORTED):
         producer = path.parent.name
-        if producer in earlier and keep_adapter:
+        if producer in earlier and config.peft.keep_adapter and not exports and path.name != EXPORTED:
             raise UserError(
                 f"{key}={wire}: with peft.keep_adapter=true stage {producer} leaves an adapter there, and stages start "
                 "from whole models; leave keep_adapter out: the adapter is kept beside the merged model anyway"
@@ -222,6 +230,8 @@ def _check_wire(key: str, wire: str, earlier: list[str], config: RunConfig, run_
             return False
         if artifacts.read_manifest(path.parent) is None:
             raise UserError(f"{key}={wire}: stage {producer} has not run; run it first, or put it before in run=")
+    if exports and is_adapter(path):
+        key, wire = f"{key}={wire}: the base of this adapter", str(trained_model(wire).base)
     check_model(wire, where=key, pickled=config.model.pickled_weights)
     return True
 

@@ -84,6 +84,10 @@ def run(config: RunConfig) -> int:
         from align.verbs.report import run_report
 
         run_report(config)
+    elif config.do is Verb.chat:
+        from align.verbs.chat import run_chat
+
+        run_chat(config)
     elif config.do is Verb.env:
         from align.verbs.launch_env import run_env
 

@@ -6,7 +6,7 @@ import pytest
 
 from align.config import listing
 from align.config.keys import SLOTS
-from align.config.schema import ConstitutionalStage, RunConfig, StageConfig, Verb
+from align.config.schema import ConstitutionalStage, ExportStage, RunConfig, StageConfig, Verb
 from align.config.store import compose_run
 from align.stages.rows import maker_of
 from align.stages.speakers import speaker_configs
@@ -51,7 +51,8 @@ def test_a_recipe_starts_each_stage_from_a_model_that_exists_by_then(recipe):
         if isinstance(stage, ConstitutionalStage):
             needed = {one.model for one in speaker_configs(stage).values()}
         else:
-            needed = {stage.policy} if isinstance(stage, StageConfig) else set(stage.models.values())
+            one = isinstance(stage, StageConfig | ExportStage)
+            needed = {stage.policy} if one else set(stage.models.values())
         assert needed and needed <= made
         made.add(f"{config.run_dir}/{name}/policy")
 

@@ -13,6 +13,7 @@ from align.config.rewards import parse_rewards
 from align.config.schema import (
     Advantage,
     ConstitutionalStage,
+    ExportForm,
     JudgeConfig,
     JudgeKind,
     KLController,
@@ -113,7 +114,7 @@ def models_of(config: RunConfig) -> Iterator[str]:
             speakers = (stage.generator, stage.critic, stage.judge)
             yield from (one.model for one in speakers if one.model and one.backend is not SpeakerBackend.server)
         else:
-            yield from stage.models.values() if name == "evaluate" else [stage.policy]
+            yield from stage.models.values() if name in ("evaluate", "classify") else [stage.policy]
         if name == "evaluate":
             yield from _judges(stage.judge)
         for field in fields(stage):
@@ -180,6 +181,8 @@ RULES: tuple[Rule, ...] = (
     ("plan.*", _not_doing(Verb.plan), "only do=plan reads it; add do=plan"),
     ("out", _not_doing(Verb.convert, Verb.report), "only do=convert and do=report write it"),
     ("report.*", _not_doing(Verb.report), "only do=report reads it; add do=report"),
+    ("chat.*", _not_doing(Verb.chat), "only do=chat reads it; add do=chat"),
+    ("chat.seed", lambda t: t.config.chat.temperature == 0, "chat.temperature=0 samples nothing"),
     ("launch.*", _not_doing(Verb.env), "only do=env reads it; add do=env"),
     ("data.rankings", _not_doing(Verb.convert), "only do=convert asks; training on pairs takes all pairs of a ranking"),
     *(
@@ -276,6 +279,20 @@ RULES: tuple[Rule, ...] = (
         )
         for key in keys
     ),
+    *(
+        (
+            f"stages.export.{key}",
+            lambda t: ExportForm.model not in t.stage.forms,
+            "only stages.export.forms=[model] writes a model",
+        )
+        for key in ("dtype", "max_shard_size", "generation", "generation.*")
+    ),
+    (
+        "stages.export.gguf_type",
+        lambda t: ExportForm.gguf not in t.stage.forms,
+        "no GGUF file is made; add stages.export.forms=[model,gguf]",
+    ),
+    ("stages.export.private", lambda t: t.stage.push_to is None, "nothing is uploaded; add stages.export.push_to=ID"),
     (
         "stages.evaluate.seed",
         lambda t: t.stage.temperature == 0 and not t.stage.kl_prompts,

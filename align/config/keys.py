@@ -20,6 +20,8 @@ SLOTS = {
     "ppo": "prompts",
     "constitutional": "prompts",
     "evaluate": "prompts",
+    "classify": "demonstrations",
+    "export": "prompts",
 }
 """Stage -> the data slot that it reads."""
 ALSO_READ = {"reward": ("demonstrations",)}

@@ -17,6 +17,7 @@ VERBS = {
     Verb.convert: "write the rows of one slot as canonical JSONL to out=FILE",
     Verb.env: "write .deepspeed_env, the variables that a launch by hostfile sends to other nodes",
     Verb.report: "one page of a run, or of several compared; its lineage as a tree; with report.to=wandb a W&B Report",
+    Verb.chat: "talk to a stage's model in the terminal, or by a script on its standard input; /base beside the base",
     Verb.recipes: "list the recipes; with +recipe=NAME show what that one would run",
 }
 

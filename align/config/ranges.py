@@ -1,6 +1,7 @@
 """What values may be, beyond their type. Sizes that depend on the number of ranks are checked where ranks are known."""
 
 import math
+import re
 from collections.abc import Callable
 from dataclasses import fields
 from fnmatch import fnmatchcase
@@ -30,6 +31,9 @@ LIMITS: dict[str, Limit] = {
     "deepspeed.timeout_seconds": AT_LEAST_ONE,
     "plan.gpus": AT_LEAST_ONE,
     "plan.gpu_memory_gib": ABOVE_ZERO,
+    "chat.temperature": NOT_NEGATIVE,
+    "chat.max_new_tokens": AT_LEAST_ONE,
+    "chat.seed": (lambda value: 0 <= value < 2**32, "from 0 to 4294967295"),
     "log.every": AT_LEAST_ONE,
     "stages.*.max_steps": AT_LEAST_ONE,
     "stages.*.epochs": ABOVE_ZERO,
@@ -101,6 +105,14 @@ LIMITS: dict[str, Limit] = {
     "stages.evaluate.*.votes": NOT_NEGATIVE,
     "stages.evaluate.*.memory_share": (lambda value: 0 < value < 1, "above 0 and below 1"),
     "stages.evaluate.*price": NOT_NEGATIVE,
+    "stages.classify.few_shot": NOT_NEGATIVE,
+    "stages.classify.max_rows": AT_LEAST_ONE,
+    "stages.classify.resamples": (lambda value: value >= 100, "100 or more"),
+    "stages.export.tolerance_nats": ABOVE_ZERO,
+    "stages.export.max_shard_size": (
+        lambda value: re.fullmatch(r"[1-9]\d*[KMG]B", str(value)) is not None,
+        "a size such as 500MB or 5GB",
+    ),
     "stages.reward.label_smoothing": BELOW_HALF,
     "stages.reward.centring_weight": NOT_NEGATIVE,
     "stages.reward.statistics_rows": AT_LEAST_ONE,

@@ -19,6 +19,7 @@ class Verb(Enum):
     convert = "convert"
     env = "env"
     report = "report"
+    chat = "chat"
     recipes = "recipes"
 
 
@@ -229,6 +230,32 @@ class WandbMode(Enum):
     offline = "offline"
 
 
+class ExportForm(Enum):
+    """What is exported: the whole model, the adapter alone to serve beside its base, a GGUF file for llama.cpp."""
+
+    model = "model"
+    adapter = "adapter"
+    gguf = "gguf"
+
+
+class ExportDtype(Enum):
+    """Number format of exported weights; `auto` is that of the policy, or of the base of an adapter."""
+
+    auto = "auto"
+    fp32 = "fp32"
+    bf16 = "bf16"
+    fp16 = "fp16"
+
+
+class GGUFType(Enum):
+    """Number format of a GGUF file."""
+
+    f32 = "f32"
+    f16 = "f16"
+    bf16 = "bf16"
+    q8_0 = "q8_0"
+
+
 @dataclass
 class ModelConfig:
     """Which model the first stage starts from, and how it is loaded."""
@@ -338,6 +365,24 @@ class ReportConfig:
     """Run folders to compare on one page; `*` matches, as in 'runs/sweep/*'. Empty: the run of this command line."""
     to: ReportTo = ReportTo.html
     """html | wandb. wandb is html and a W&B Report in log.project; without login or network its spec, as a file."""
+
+
+@dataclass
+class ChatConfig:
+    """`do=chat`: who answers, and how."""
+
+    model: Optional[str] = None
+    """A stage of the run, such as sft; a folder, a hub id, an embedded name. null: the last stage's or model.path."""
+    base: Optional[str] = None
+    """Who answers beside it after /base. null: the model that its chain started from."""
+    system: Optional[str] = None
+    """System prompt at the start; /system TEXT sets another."""
+    temperature: float = 0.0
+    """0 is greedy: the same answer each time."""
+    max_new_tokens: int = 256
+    """Longest answer."""
+    seed: int = 7
+    """Of sampled answers, when temperature > 0."""
 
 
 @dataclass
@@ -713,6 +758,56 @@ class EvaluateStage:
 
 
 @dataclass
+class ClassifyStage:
+    """Models that put a label word to held-out texts of `data.demonstrations`, each word weighed as a whole answer."""
+
+    models: Dict[str, str] = field(default_factory=dict)
+    """Name -> folder, hub id, embedded name, or the output of an earlier stage."""
+    baseline: str = "base"
+    """Name of the model that the others are compared with."""
+    few_shot: int = 4
+    """One more column, the baseline shown so many rows of each label first, none of them held out. 0: none."""
+    labels: List[str] = field(default_factory=list)
+    """The label words; rows with another are left out. []: every answer that the rows have is one."""
+    max_rows: int = 500
+    """Held-out rows that are labelled, the first ones."""
+    batch_size: int = 16
+    """Questions put to a model together, on a rank."""
+    resamples: int = 2000
+    """Bootstrap resamples of rows for each interval."""
+
+
+@dataclass
+class ExportStage:
+    """A trained model as a folder to serve, proven to answer as it did when it was trained."""
+
+    policy: str = "${model.path}"
+    """What is exported: a policy or an adapter (peft.keep_adapter) of a stage, a folder, a hub id, an embedded name."""
+    forms: List[ExportForm] = field(default_factory=lambda: [ExportForm.model])
+    """model | adapter | gguf, several in brackets. gguf needs llama.cpp's converter to be installed."""
+    dtype: ExportDtype = ExportDtype.auto
+    """auto | fp32 | bf16 | fp16"""
+    max_shard_size: str = "5GB"
+    """Largest weight file, such as 500MB or 5GB; a larger model becomes several files."""
+    generation: Dict[str, Any] = field(default_factory=dict)
+    """What servers take as their default, such as {temperature: 0.7, top_p: 0.9}; stop tokens are always set."""
+    gguf_type: GGUFType = GGUFType.f16
+    """f32 | f16 | bf16 | q8_0"""
+    push_to: Optional[str] = None
+    """Hub repository, organisation/name, that the exported folder is uploaded to. null: nothing is uploaded."""
+    private: bool = True
+    """Whether a repository that is made for it is private."""
+    max_prompts: int = 8
+    """Prompts of `data.prompts`, the first ones, that are answered by the trained and by the exported model."""
+    max_new_tokens: int = 64
+    """Longest of those replies."""
+    vllm: bool = True
+    """Compare with vLLM too, where it is installed and there is a GPU."""
+    tolerance_nats: Optional[float] = None
+    """Largest difference in a token's log-probability that passes; null: by number format, see docs/serving.md."""
+
+
+@dataclass
 class Stages:
     """The settings of each stage in `run`."""
 
@@ -724,6 +819,8 @@ class Stages:
     ppo: Optional[PPOStage] = None
     constitutional: Optional[ConstitutionalStage] = None
     evaluate: Optional[EvaluateStage] = None
+    classify: Optional[ClassifyStage] = None
+    export: Optional[ExportStage] = None
 
 
 @dataclass
@@ -751,5 +848,6 @@ class RunConfig:
     launch: LaunchConfig = field(default_factory=LaunchConfig)
     plan: PlanConfig = field(default_factory=PlanConfig)
     report: ReportConfig = field(default_factory=ReportConfig)
+    chat: ChatConfig = field(default_factory=ChatConfig)
     log: LogConfig = field(default_factory=LogConfig)
     stages: Stages = field(default_factory=Stages)

@@ -102,9 +102,10 @@ def _stages_to_run(overrides: list[Override], recipe: str, user_dir: Path | None
 
 
 def _line(override: Override) -> str:
-    """The override as Hydra takes it; a name below a dictionary, such as an evaluated model's, needs no plus."""
+    """The override as Hydra takes it; a name below a dictionary, such as an evaluated model's, needs no plus, and
+    neither does a dictionary of such names."""
     key = keys.find(override.key_or_group)
-    if key is not None and key.open and key.path != override.key_or_group:
+    if key is not None and key.open and (key.path != override.key_or_group or isinstance(override.value(), dict)):
         return "++" + override.input_line.lstrip("+")
     return override.input_line
 

@@ -7,6 +7,7 @@ sharegpt               conversations [{from, value}], [system]
 messages               messages [{role, content}]
 prompt_completion      prompt, completion (text or messages)
 question_answer        question, answer
+labelled               text, label (a word or a number)
 self_instruct          instruction, instances [{input, output}]
 
 Preferences, in pairs
@@ -135,6 +136,13 @@ def _unpaired(row: Row) -> bool:
     return "label" in row and (talk or _has(row, "prompt", "completion")) and not _several_answers(row)
 
 
+def _labelled(row: Row) -> bool:
+    word = row.get("label")
+    named = isinstance(word, str | int) and not isinstance(word, bool)
+    others = ("messages", "conversations", "replies", "prompt", "completion", "instruction", "question")
+    return named and isinstance(row.get("text"), str) and not _has_any(row, *others)
+
+
 def _prompts(row: Row) -> bool:
     answered = _has_any(row, "completion", "chosen", "rejected") or _several_answers(row)
     return isinstance(row.get("prompt"), str | list) and not answered
@@ -167,6 +175,7 @@ TABLE = (
         reading.read_prompt_completion,
     ),
     Format("question_answer", Demonstration, lambda row: _has(row, "question", "answer"), reading.read_question_answer),
+    Format("labelled", Demonstration, _labelled, reading.read_labelled),
     Format(
         "self_instruct",
         Demonstration,
@@ -245,6 +254,9 @@ def find_format(rows: Sequence[Row], wanted: type | None, where: str) -> Format:
     """
     found = [entry for entry in TABLE if 2 * sum(map(entry.matches, rows)) > len(rows)]
     able = [entry for entry in found if entry.record in READ_AS[wanted]]
+    if wanted is not TextDocument and FORMATS["labelled"] in able:
+        # What a label says of a text would be lost in a document.
+        able = [entry for entry in able if entry.record is not TextDocument]
     if len(able) > 1:
         names = " or ".join(entry.name for entry in able)
         raise UserError(f"{where}: the rows can be read as {names}; say which with format={able[0].name}")

@@ -145,6 +145,27 @@ def helpful_demonstrations(data: DataConfig) -> tuple[list[Demonstration], RowRe
     return rows, report, _inputs(found, "helpful")
 
 
+@dataclass
+class PreparedDemonstrations:
+    """Conversations in file order, not tokenised."""
+
+    rows: list[Demonstration]
+    report: RowReport
+    inputs: list[dict[str, str]]
+
+
+def read_demonstrations(data: DataConfig) -> PreparedDemonstrations:
+    """Sound rows of `data.demonstrations`. Raises: UserError by the policy of `data`, or if none is left."""
+    found = slot_sources(data, "demonstrations")
+    report = RowReport("demonstrations", BadRows(_scratch() / cache.BAD_ROWS))
+    rows = list(_records(found, Demonstration, check_demonstration, data, report))
+    enforce_policy(report.bad_rows, report.made, data, allowed=CHOSEN_REASONS)
+    report.kept = len(rows)
+    if not rows:
+        raise UserError(f"data.demonstrations: none of {report.read} rows can be used")
+    return PreparedDemonstrations(rows, report, _inputs(found, "demonstrations"))
+
+
 def few_shot_examples(data: DataConfig, count: int) -> list[Demonstration]:
     """The first `count` sound rows of `data.demonstrations` that are a question and its answer, without tools.
 

@@ -39,6 +39,16 @@ def read_question_answer(row: Row) -> Demonstration:
     return Demonstration((*prompt_of(row, "question"), Message("assistant", text_field(row, "answer"))))
 
 
+def read_labelled(row: Row) -> Demonstration:
+    """The text is asked, the label word is the answer."""
+    word = row["label"] if "label" in row else None
+    if isinstance(word, int) and not isinstance(word, bool):
+        word = str(word)
+    return Demonstration(
+        (Message("user", text_field(row, "text")), Message("assistant", text_field({"label": word}, "label")))
+    )
+
+
 def read_self_instruct(row: Row) -> list[Demonstration]:
     """One demonstration an instance of the task."""
     instruction, found = text_field(row, "instruction"), []

@@ -4,7 +4,7 @@ import difflib
 import json
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -60,14 +60,14 @@ def check_model(name: str, *, where: str, pickled: bool = False) -> None:
         raise UserError(f"{where}={name}: no such folder, and not a hub id (organisation/model){hint}")
     if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
         raise UserError(
-            f"{where}={name}: an adapter, not a whole model; train it without peft.keep_adapter, which merges it, or "
-            "merge it with PEFT's merge_and_unload"
+            f"{where}={name}: an adapter, not a whole model; merge it with +recipe=export model.path={name}, or train "
+            "it without peft.keep_adapter, which merges it"
         )
     if not (path / "config.json").is_file():
         raise UserError(f"{where}={name}: no config.json in it; give a folder written by save_pretrained")
     _config_values(path)
     _check_weights(path, f"{where}={name}", pickled=pickled)
-    if not any((path / file).is_file() for file in TOKENIZER_FILES):
+    if not has_tokenizer(name):
         raise UserError(
             f"{where}={name}: no tokenizer in it; save the model's tokenizer there with tokenizer.save_pretrained"
         )
@@ -121,6 +121,12 @@ def _check_weights(path: Path, where: str, *, pickled: bool) -> None:
             ) from error
 
 
+def has_tokenizer(name: str) -> bool:
+    """Whether a folder holds a tokenizer; a hub id is taken to have one."""
+    folder = Path(resolve_model(name))
+    return not folder.is_dir() or any((folder / file).is_file() for file in TOKENIZER_FILES)
+
+
 def load_tokenizer(name: str, model: ModelConfig, chat_template: str | None) -> PreTrainedTokenizerBase:
     """The tokenizer of a model; `chat_template`, if given, replaces its own. A missing pad token becomes eos."""
     try:
@@ -137,8 +143,8 @@ def load_tokenizer(name: str, model: ModelConfig, chat_template: str | None) -> 
     return tokenizer
 
 
-def load_model(name: str, model: ModelConfig, dtype: torch.dtype, *, seed: int) -> PreTrainedModel:
-    """A causal language model with weights in `dtype`; random ones, drawn from `seed`, for `tiny-untrained`.
+def load_model(name: str, model: ModelConfig, dtype: torch.dtype | Literal["auto"], *, seed: int) -> PreTrainedModel:
+    """A causal language model, weights in `dtype` (`auto`: as stored); random ones, by `seed`, for `tiny-untrained`.
 
     Raises: UserError if it cannot be loaded whole: transformers fills in what is missing with random numbers.
     """

@@ -13,11 +13,13 @@ from align.config.schema import PeftMethod
 from align.distributed import runtime
 from align.models import load
 from align.models.peft import merged_model
+from align.models.trained import ADAPTER, POLICY
 from align.stages.context import RunContext
 from align.stages.session import Session
 
-POLICY, REWARD_MODEL = "policy", "reward_model"
-ADAPTER = "adapter"
+__all__ = ["ADAPTER", "POLICY", "REWARD_MODEL", "finish_folders", "make_readable", "partial_folder", "save_model"]
+
+REWARD_MODEL = "reward_model"
 
 Finish = Callable[[PreTrainedConfig], None]
 """Puts what was found out after training into a model's config, before it is written."""
@@ -52,7 +54,7 @@ def finish_folders(session: Session, names: list[str]) -> None:
                 session.tokenizer.save_pretrained(partial)
             if not (partial / "adapter_config.json").is_file():
                 load.check_saved_model(partial, session.context.config.model)
-            _make_readable(partial)
+            make_readable(partial)
             _rename_whole(partial)
 
 
@@ -61,8 +63,8 @@ def partial_folder(context: RunContext, name: str) -> Path:
     return context.stage_dir / f"{name}.partial"
 
 
-def _make_readable(folder: Path) -> None:
-    """safetensors writes files that only their owner can read; a policy is as readable as any other file."""
+def make_readable(folder: Path) -> None:
+    """safetensors writes files that only their owner can read; let them be as readable as any other file."""
     mask = os.umask(0)
     os.umask(mask)
     for path in folder.rglob("*") if folder.exists() else ():

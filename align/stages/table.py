@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 from align.artifacts import Manifest
-from align.stages import constitutional, dpo, evaluate, ppo, reward, score, sft
+from align.stages import classify, constitutional, dpo, evaluate, export, ppo, reward, score, sft
 
 RUN: dict[str, Callable[..., Manifest]] = {
     "pretrain": sft.run,
@@ -14,4 +14,6 @@ RUN: dict[str, Callable[..., Manifest]] = {
     "ppo": ppo.run,
     "constitutional": constitutional.run,
     "evaluate": evaluate.run,
+    "classify": classify.run,
+    "export": export.run,
 }

@@ -38,7 +38,7 @@ def write_model_cards(stage_dir: Path, manifest: Manifest, run_dir: Path) -> Non
 def model_card(manifest: Manifest, folder: str, run_dir: Path) -> str:
     """Markdown with the metadata block of the Hugging Face hub. `folder`: which of the stage's models it is of."""
     base = next((entry["path"] for entry in manifest.inputs if entry["name"] == "policy"), None)
-    root = None if base is None else _root(base)
+    root = None if base is None else root_of(base)
     licence = UNKNOWN if root is None else licence_of(root)
     stage = manifest.stage
     parts = [
@@ -56,6 +56,43 @@ def model_card(manifest: Manifest, folder: str, run_dir: Path) -> str:
         _table(["package", "version"], [[name, version] for name, version in package_versions().items()]),
     ]
     return redacted_text("\n\n".join(parts)) + "\n"
+
+
+def exported_card(
+    manifest: Manifest | None, policy: str, run_dir: Path, told: Mapping[str, Any], *, adapter_of: str | None
+) -> str:
+    """The card of an exported folder: that of the training, and what the export has compared (`verification.json`).
+
+    manifest: of the stage that trained it; of a model from elsewhere its own card is kept. adapter_of: the base that an
+    adapter is served beside.
+    """
+    if manifest is not None:
+        card = model_card(manifest, "policy", Path(policy).parent.parent)
+    else:
+        card = _own_card(policy)
+    parts = [card.rstrip("\n"), "## Export"]
+    if adapter_of is not None:
+        parts.append(f"An adapter: it is served beside its base, `{_without(adapter_of, run_dir)}`.")
+    rows = [
+        [
+            name,
+            f"{one['same']} of {one['prompts']}",
+            f"{one['largest']:.2g}",
+            f"{one['mean']:.2g}",
+            f"{one['tolerance']:g}",
+        ]
+        for name, one in told["compared"].items()
+    ]
+    header = ["compared with the trained model", "same greedy replies", "largest difference", "mean", "passes up to"]
+    parts += [_table(header, rows), "Differences are in the log-probability of a token, in nats."]
+    return redacted_text("\n\n".join(parts)) + "\n"
+
+
+def _own_card(policy: str) -> str:
+    card = Path(policy).expanduser() / MODEL_CARD
+    if card.is_file():
+        return card.read_text(encoding="utf-8", errors="replace")
+    return f"{_metadata(policy, licence_of(policy), 'export')}\n\n# {Path(policy).name}"
 
 
 def _metadata(root: str | None, licence: str, stage: str) -> str:
@@ -116,7 +153,7 @@ def _without(value: Any, run_dir: Path) -> Any:
     return Path(inside).name if Path(inside).is_absolute() else inside
 
 
-def _root(path: str) -> str:
+def root_of(path: str) -> str:
     """The model that a chain started from: followed through the manifests beside each policy."""
     seen: set[str] = set()
     while path not in seen:

@@ -148,9 +148,11 @@ def shown(value: float, form: str) -> str:
 
 
 def verdict(run: RunFolder) -> str:
-    """One line: what the evaluation says of the last model, else what its rules say of the first and the last, else
-    before and after of the last stage that trained."""
-    evaluated = run.evaluated
+    """One line: how well labels were found, or what the evaluation says of the last model, else what its rules say of
+    the first and the last, else before and after of the last stage that trained."""
+    evaluated, classified = run.evaluated, run.classified
+    if classified is not None and (said := verdicts(classified)):
+        return f"labels: {said[0]}"
     if evaluated is not None:
         words = [*verdicts(evaluated), *oracle_words(evaluated)]
         if words:
@@ -278,7 +280,7 @@ def _is_number(value: object) -> bool:
 
 def other_figures(stage: StageFolder) -> dict[str, float]:
     """Figures of a stage's manifest that are no `before` and `after`, and of no single model."""
-    if stage.name == "evaluate":
+    if stage.name in ("evaluate", "classify"):
         return {}
     moments = ("before/", "after/", "first/", "last/")
     return {key: value for key, value in stage.manifest.metrics.items() if not key.startswith(moments)}

@@ -25,6 +25,7 @@ from align.tracking.report_figures import (
     verdict,
     verdicts,
 )
+from align.tracking.report_labels import label_tables
 from align.tracking.report_samples import reply_samples, update_samples
 from align.tracking.run_folder import RunFolder, StageFolder
 
@@ -73,6 +74,7 @@ def report_page(run: RunFolder) -> str:
         ("Lineage", _lineage(run)),
         ("Before and after", _changes(run)),
         ("Models on the same prompts", _models(run)),
+        ("Labels", label_tables(run.classified)),
         ("Curves", _curves(run)),
         ("Samples", [*reply_samples(run.evaluated), *(part for s in run.stages for part in update_samples(s))]),
         ("Rows", _rows(run)),

@@ -59,6 +59,11 @@ class RunFolder:
         return next((stage for stage in self.stages if stage.name == "evaluate"), None)
 
     @property
+    def classified(self) -> StageFolder | None:
+        """The stage that put label words to held-out texts, if there is one."""
+        return next((stage for stage in self.stages if stage.name == "classify"), None)
+
+    @property
     def trained(self) -> list[StageFolder]:
         return [stage for stage in self.stages if stage.manifest.steps]
 

@@ -143,6 +143,13 @@ def _where(config: RunConfig, run_dir: Path, manifests: list[Manifest]) -> list[
     places += [("report", run_dir / name / REPORTS[name]) for name in _reports(manifests)]
     if model and config.peft.method is not PeftMethod.none:
         places.append(("adapter", run_dir / trained[-1] / "adapter"))
+    if any(m.stage == "export" for m in manifests):
+        left = {output["path"].split("/")[0] for m in manifests if m.stage == "export" for output in m.outputs}
+        places += [
+            ("exported", run_dir / "export" / name) for name in ("model", "adapter", "model.gguf") if name in left
+        ]
+    if any(m.stage == "classify" for m in manifests):
+        places.append(("labels", run_dir / "classify" / "predictions.jsonl"))
     if any(m.stage == "score" for m in manifests):
         places.append(("scores", run_dir / "score" / "scores.jsonl"))
     places += [
@@ -152,7 +159,9 @@ def _where(config: RunConfig, run_dir: Path, manifests: list[Manifest]) -> list[
     ]
     if wandb_mode(config.log) == "offline":
         places.append(("wandb", f"wandb sync {shlex.quote(str(run_dir / 'wandb'))}/offline-run-*"))
-    if trained:
+    if trained and any(m.stage in ("classify", "export") for m in manifests):
+        following = _after_use(manifests, shlex.quote(str(model)))
+    elif trained:
         following = _next_command(config, trained[-1], shlex.quote(str(model)))
     else:
         following = _after_data(config, run_dir) if manifests[-1].stage == "constitutional" else None
@@ -172,6 +181,11 @@ def _reports(manifests: list[Manifest]) -> list[str]:
     """The stages that left a page; a reward model without held-out pairs has none to show."""
     signed = {m.stage: {output["path"] for output in m.outputs} for m in manifests}
     return [stage for stage, paths in signed.items() if REPORTS.get(stage) in paths]
+
+
+def _after_use(manifests: list[Manifest], model: str) -> str | None:
+    """A classifier is trained to be used; what was exported is."""
+    return None if manifests[-1].stage == "export" else f"python -m align +recipe=export model.path={model}"
 
 
 def _after_data(config: RunConfig, run_dir: Path) -> str:

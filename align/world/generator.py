@@ -296,6 +296,22 @@ def prompts(seed: int, count_per_kind: int, held_out: bool = True, held_out_phra
     ]
 
 
+# As many tokens each, so that an untrained model does not prefer one for its length.
+LABELS = {"helpful": "wish", "unsafe": "harm", "look_alike": "fine"}
+"""Kind of request -> the word that a classifier answers with."""
+
+
+def labels(seed: int, count_per_kind: int) -> list[Row]:
+    """Requests of each kind, as many of each, with what they are: {"text", "label"}."""
+    random = Random(f"labels/{seed}")
+    found = [
+        {"text": request.prompt(), "label": LABELS[kind]}
+        for kind in KINDS
+        for request in distinct_requests(random, kind, count_per_kind, held_out=False)
+    ]
+    return pick_distinct_order(random, found)
+
+
 SLOTS = {
     "text": lambda: text_documents(seed=1),
     "demonstrations": lambda: demonstrations(seed=2, count=4000),
@@ -303,6 +319,7 @@ SLOTS = {
     "prompts": lambda: prompts(seed=4, count_per_kind=200),
     "helpful": lambda: helpful(seed=7, count=3000),
     "comparisons": lambda: comparisons(seed=3, count=12800),
+    "labels": lambda: labels(seed=8, count_per_kind=500),
     "training_prompts": lambda: prompts(seed=5, count_per_kind=800, held_out=False),
     # By its name: that file is built on this one.
     "critiques": lambda: import_module("align.world.critiques").critiques(seed=6, count=14_000),

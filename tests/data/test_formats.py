@@ -68,6 +68,8 @@ EXAMPLES = [
     ("prompt_completion", {"prompt": "Why?", "completion": "Yes."}, Demonstration((ASK, YES))),
     ("prompt_completion", {"prompt": openai(*TALK[:3]), "completion": openai(YES)}, Demonstration(TALK)),
     ("question_answer", {"question": "Why?", "answer": "Yes."}, Demonstration((ASK, YES))),
+    ("labelled", {"text": "Why?", "label": "Yes."}, Demonstration((ASK, YES))),
+    ("labelled", {"text": "Why?", "label": 3, "id": 1}, Demonstration((ASK, Message("assistant", "3")))),
     ("preference", {"prompt": "Why?", "chosen": "Yes.", "rejected": "No."}, PreferencePair((ASK,), YES, NO)),
     ("preference", {"prompt": openai(*TALK[:3]), "chosen": openai(YES), "rejected": openai(NO)}, PAIR),
     (
@@ -131,6 +133,13 @@ def test_a_format_is_found_and_read(name, row, expected):
     if isinstance(expected, PromptRow):
         expected = PromptRow(expected.messages, row)
     assert as_records(row_format, None, row, ties=Ties.keep) == (expected if isinstance(expected, list) else [expected])
+
+
+def test_labelled_rows_are_documents_where_documents_are_wanted():
+    rows = [{"text": "Why?", "label": "doubt"}]
+    assert find_format(rows, TextDocument, "data.text").name == "text"
+    assert find_format(rows, Demonstration, "data.demonstrations").name == "labelled"
+    assert find_format([{"text": "Why?", "label": True}], None, "data.x").name == "text"
 
 
 def test_every_format_has_an_example():

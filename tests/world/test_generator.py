@@ -17,6 +17,7 @@ DIGESTS = {
     "comparisons": "4e3d2910a3cdeed545db187d9c5a991b2fa1e4770410dc6294dbc0ca446d186b",
     "training_prompts": "da7163dfa2454cd895fb796002215183055311fbd12e3644c7d4e9c974c99c15",
     "helpful": "91d430f4884176a67c30199e617398ec4cdecbb6da81a0c9d40234f0bd005bb5",
+    "labels": "005add385a79ccba95bdea3f75f4b4c4d299ff06b3fc83b69658b5dd45f6fb59",
     "critiques": "81d222e538eb8a7b20aa9e20696c42342b819f610624db7f447ffef9d8fa7ba0",
 }
 

@@ -1,0 +1,40 @@
+"""A GGUF file for llama.cpp, by the converter that its authors keep up, where that is installed."""
+
+import shutil
+import subprocess
+from pathlib import Path
+
+from align.config.errors import UserError
+from align.config.schema import GGUFType
+
+GGUF = "model.gguf"
+COMMANDS = ("convert_hf_to_gguf.py", "llama-convert-hf-to-gguf")
+"""What llama.cpp's converter is called: by its packages, and by its own pip package."""
+MAGIC = b"GGUF"
+
+
+def converter() -> str:
+    """Raises: UserError if it is not installed."""
+    found = next((path for name in COMMANDS if (path := shutil.which(name))), None)
+    if found is None:
+        raise UserError(
+            f"stages.export.forms has gguf, but llama.cpp's converter ({' or '.join(COMMANDS)}) is not on the PATH; "
+            "install llama.cpp, or leave gguf out"
+        )
+    return found
+
+
+def write_gguf(model: Path, file: Path, form: GGUFType) -> str:
+    """Convert an exported folder; returns what to say. Raises: UserError with the converter's last line if it fails."""
+    partial = file.with_name(f"partial-{file.name}")
+    command = [converter(), str(model), "--outfile", str(partial), "--outtype", form.value]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        said = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()]
+        raise UserError(
+            f"{Path(command[0]).name} does not convert {model}: {said[-1] if said else f'exit code {done.returncode}'}"
+        )
+    if not partial.is_file() or partial.read_bytes()[:4] != MAGIC:
+        raise UserError(f"{Path(command[0]).name} has written no GGUF file for {model}")
+    partial.rename(file)
+    return f"{file}: {file.stat().st_size / 1e6:,.1f} MB, {form.value}; llama.cpp has not been asked to answer by it"
