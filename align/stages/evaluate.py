@@ -7,6 +7,7 @@ from typing import Any
 
 from align import artifacts
 from align.artifacts import Manifest
+from align.config.best import EMBEDDED_PROMPTS
 from align.config.errors import UserError
 from align.config.schema import DataConfig, EvaluateStage
 from align.constitutional.work import Work
@@ -27,7 +28,6 @@ from align.tracking.progress import say
 
 SAMPLES, SCORES, REPORT = "samples.jsonl", "scores.json", "evaluate_report.html"
 JOURNAL = "journal"
-EMBEDDED_PROMPTS = "tiny:prompts"
 SHOWN = 24
 
 
@@ -37,7 +37,7 @@ def run(stage: EvaluateStage, context: RunContext) -> Manifest:
     prompts = prepare_prompts(context.config.data)
     if context.runtime.is_main:
         prompts.report.bad_rows.write(context.stage_dir / BAD_ROWS)
-    prompts.rows = _chosen(prompts.rows, stage, context.config.data)
+    prompts.rows = chosen_prompts(prompts.rows, stage, context.config.data)
     asked = questions(stage, context, prompts.rows)
     folder = context.stage_dir / JOURNAL
     work, parts = Work(folder, context.runtime, context.stage_name), Parts(folder, context.runtime)
@@ -64,10 +64,10 @@ def check_stage(stage: EvaluateStage, context: RunContext) -> None:
         raise UserError(
             f"stages.evaluate.baseline={stage.baseline} is none of stages.evaluate.models ({', '.join(stage.models)})"
         )
-    check_judge(stage, context)
+    check_judge(stage.judge, context)
 
 
-def _chosen(rows: list[PromptRow], stage: EvaluateStage, data: DataConfig) -> list[PromptRow]:
+def chosen_prompts(rows: list[PromptRow], stage: EvaluateStage, data: DataConfig) -> list[PromptRow]:
     """The prompts to answer: the first of each kind of the embedded world; else the first that no stage trained on.
 
     Every row counts where none is held out (data.held_out_fraction=0, or too few rows).

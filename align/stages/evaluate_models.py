@@ -56,15 +56,19 @@ class Subject:
 
     def replies(self, work: Work, prompts: Sequence[PromptRow], shots: Sequence[Message] = ()) -> list[Said | Failed]:
         """An answer to each prompt, after the turns of `shots`."""
+        asks = self.asks(prompts, shots)
+        return work.say(f"answers of {self.label}" + (" to a few-shot prompt" if shots else ""), self, asks)
+
+    def asks(self, prompts: Sequence[PromptRow], shots: Sequence[Message] = ()) -> list[Ask]:
+        """The questions that `replies` puts."""
         stage = self.stage
-        asks = [
+        return [
             Ask(
                 str(place), tuple(turn.as_dict() for turn in (*shots, *row.messages)),
                 seed_of(stage.seed, "reply", place), stage.temperature, stage.max_new_tokens, tools=row.tools,
             )
             for place, row in enumerate(prompts)
         ]  # fmt: skip
-        return work.say(f"answers of {self.label}" + (" to a few-shot prompt" if shots else ""), self, asks)
 
     def samples(self, prompts: Sequence[PromptRow]) -> list[Answer]:
         """A completion of each prompt, drawn at temperature 1; with the prompt, as token ids."""

@@ -2,16 +2,20 @@
 
 import math
 import time
+from collections.abc import Callable
 from typing import Any
 
 from transformers import TrainerCallback
 
+from align.config.best import FIGURES
 from align.config.errors import UserError
 from align.tracking.local import MetricsLog
 from align.tracking.progress import Progress, say
 from align.tracking.wandb_run import WandbRun
 
 END_OF_TRAINING = "train_loss"
+EVERYWHERE = ("eval_entropy",)
+"""Told by evaluations that measure nothing more, too."""
 LEFT_OUT = ("step", "total_flos", "train_runtime", "train_tokens_per_second")
 
 
@@ -75,22 +79,28 @@ class Report(TrainerCallback):
 class StopAtNaN(TrainerCallback):
     """Ends training, on every rank, when the loss is no number any more: no later step can mend the weights."""
 
-    def __init__(self, stage: str) -> None:
-        self.stage = stage
+    def __init__(self, stage: str, alert: Callable[[str, str], None]) -> None:
+        self.stage, self.alert = stage, alert
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if math.isfinite((logs or {}).get("loss", 0.0)):
             return
+        text = f"the loss is {logs['loss']} at step {state.global_step}; nothing is saved from here on"
+        self.alert(f"{self.stage}: the loss is no number", text)
         raise UserError(
-            f"{self.stage}: the loss is {logs['loss']} at step {state.global_step}; nothing is saved from here on. "
-            f"Lower stages.{self.stage}.learning_rate, or look at the rows with do=check and do=preview"
+            f"{self.stage}: {text}. Lower stages.{self.stage}.learning_rate, or look at the rows with do=check and "
+            "do=preview"
         )
 
 
 def held_out_figures(metrics: dict[str, Any]) -> str:
-    """An evaluation in words: the loss and, of pairs, the reward accuracy."""
+    """An evaluation in words: the loss, of pairs the reward accuracy, and what was measured for `best_by`."""
     words = f"held-out loss {metrics['eval_loss']:.4f}"
     for name in ("eval_rewards/accuracies", "eval_accuracy"):
         if name in metrics:
             words += f", reward accuracy {metrics[name]:.1%}"
+    for by, figure in FIGURES.items():
+        name = f"eval_{by.value}"
+        if name in metrics and name not in figure.own.values() and name not in EVERYWHERE:
+            words += f", {figure.words} {metrics[name]:.4g}"
     return words

@@ -62,7 +62,8 @@ def test_the_tables_hold_the_figures_of_the_manifests(tmp_path):
     assert cells(page, "Rows")[1:3] == [["sft", "1,200", "1,000", "50", "150"], ["dpo", "500", "500", "20", "0"]]
     assert cells(page, "Dropped, by reason")[1:] == [["sft", "too_long", "149"], ["sft", "empty", "1"]]
     # Of the steps 1 to 10 the rates are 100 to 1,000.
-    assert cells(page, "Measured speed")[1] == ["sft", "550", "10", "1", "none"]
+    assert cells(page, "Memory and speed")[1] == ["sft", "550", "10", "1", "none", "1.5 GiB", "1.0 GiB", "2.0 GiB"]
+    assert cells(page, "Memory and speed")[2][-3:] == ["–", "–", "–"]
 
 
 def test_every_number_of_scores_json_is_there_with_its_interval(tmp_path):
