@@ -757,6 +757,8 @@ class EvaluateStage:
     """Files of questions with one right answer (`question`, `answer`), told by exact match."""
     instructions: List[str] = field(default_factory=list)
     """Files of prompts with instructions that a rule can check (`prompt`, `instruction_id_list`, `kwargs`)."""
+    lm_eval: List[str] = field(default_factory=list)
+    """Tasks of lm-eval, by name or as YAML files of your own; needs the extra `lm-eval`."""
     resamples: int = 2000
     """Bootstrap resamples of prompts for each interval."""
     max_prompts: int = 64

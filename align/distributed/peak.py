@@ -31,8 +31,8 @@ class Peak:
         return cls(device, _status("VmRSS"))
 
     def taken(self) -> dict[str, float]:
-        """`peak_bytes` that tensors took of the device (on a CPU: what main memory grew by), `host_bytes` of the process
-        at most."""
+        """`peak_bytes` that tensors took of the device (on a CPU: what main memory grew by), `host_bytes` of
+        the process, at most."""
         host = _status("VmHWM")
         if self.device.startswith("cuda"):
             return {"peak_bytes": float(torch.cuda.max_memory_allocated(self.device)), "host_bytes": host}

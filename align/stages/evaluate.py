@@ -15,6 +15,7 @@ from align.data.held_out import first_turn, held_out_rows, position
 from align.data.prepare import PreparedPrompts, prepare_prompts
 from align.data.records import PromptRow
 from align.distributed import runtime
+from align.generation.harness import check_tasks, is_file
 from align.generation.speakers import Failed, Said
 from align.stages.context import RunContext, flat, stage_record
 from align.stages.evaluate_figures import scores
@@ -65,6 +66,8 @@ def check_stage(stage: EvaluateStage, context: RunContext) -> None:
             f"stages.evaluate.baseline={stage.baseline} is none of stages.evaluate.models ({', '.join(stage.models)})"
         )
     check_judge(stage.judge, context)
+    if stage.lm_eval:
+        check_tasks(stage.lm_eval)
 
 
 def chosen_prompts(rows: list[PromptRow], stage: EvaluateStage, data: DataConfig) -> list[PromptRow]:
@@ -109,6 +112,11 @@ def _manifest(stage: EvaluateStage, context: RunContext, prompts: PreparedPrompt
     files += [
         {"name": "instructions", "path": path, "digest": artifacts.digest_file(Path(path))}
         for path in stage.instructions
+    ]
+    files += [
+        {"name": "lm_eval", "path": task, "digest": artifacts.digest_file(Path(task))}
+        for task in stage.lm_eval
+        if is_file(task)
     ]
     outputs = [SAMPLES, SCORES, REPORT]
     return Manifest(

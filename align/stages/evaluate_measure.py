@@ -45,6 +45,8 @@ class Measured:
     """As `pairs_digest`."""
     tasks: dict[str, list[Said | Failed]] = field(default_factory=dict)
     """Answers to the rows of each file of `tasks` and `instructions`."""
+    lm_eval: dict[str, Any] = field(default_factory=dict)
+    """What `align.generation.harness.task_figures` found, by task."""
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,8 @@ def measured_of(subject: Subject, work: Work, asked: Questions) -> Measured:
     for path, rows in asked.tasks.items():
         prompts = [PromptRow((Message("user", str(row.get("question", row.get("prompt")))),), row) for row in rows]
         measured.tasks[path] = subject.replies(work, prompts)
+    for task in stage.lm_eval:
+        measured.lm_eval |= subject.lm_eval(task)
     if stage.kl_prompts:
         measured.samples = subject.samples(asked.prompts[: stage.kl_prompts])
         measured.logps = subject.token_logps("samples", measured.samples)
