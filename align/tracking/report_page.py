@@ -90,14 +90,14 @@ def report_page(run: RunFolder) -> str:
     return framed(f"{run.name}: report", top, sections)
 
 
-def framed(title: str, top: Sequence[str], sections: Sequence[tuple[str, Sequence[str]]]) -> str:
-    """A page of titled sections with links to each; those without content are left out."""
+def framed(title: str, top: Sequence[str], sections: Sequence[tuple[str, Sequence[str]]], style: str = "") -> str:
+    """A page of titled sections with links to each; those without content are left out. style: rules of its own."""
     filled = [(name, parts) for name, parts in sections if parts]
     links = "".join(f'<a href="#{_anchor(name)}">{html(name)}</a>' for name, _ in filled)
     body = [*top, f"<nav>{links}</nav>"]
     for name, parts in filled:
         body += [f'<h2 id="{_anchor(name)}">{html(name)}</h2>', *parts]
-    return page(title, "\n".join(body), STYLE)
+    return page(title, "\n".join(body), STYLE + style)
 
 
 def _anchor(name: str) -> str:

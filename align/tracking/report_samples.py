@@ -30,7 +30,7 @@ def update_samples(stage: StageFolder) -> list[str]:
     by_place: dict[Any, dict[int, Mapping[str, Any]]] = {}
     for line in taken:
         by_place.setdefault(line.get("place", str(line["prompt"])), {})[line["step"]] = line
-    unit = "update" if "updates" in stage.manifest.metrics else "step"
+    unit = "update" if stage.name == "ppo" else "step"
     parts = [f"<h3>{html(stage.name)}: the same prompts by {unit}</h3>"]
     for answers in _spread(list(by_place.values()), MOST_PROMPTS // 2):
         shown = {_moment(step, answers[step], unit): answers[step]["completion"] for step in steps if step in answers}
