@@ -55,29 +55,37 @@ ACCURACY = {"dpo": "eval_rewards/accuracies", "reward": "eval_accuracy"}
 MARGIN = {"dpo": "eval_rewards/margins", "reward": "eval_margin"}
 
 FIGURES: dict[BestBy, Figure] = {
-    BestBy.loss: Figure("held-out loss", False, LOSS),
-    BestBy.score: Figure("score of held-out samples", True, {"ppo": "samples/score"}),
-    BestBy.accuracy: Figure("preference accuracy", True, ACCURACY, Needs.pairs, "pairs.accuracy"),
-    BestBy.margin: Figure("preference margin", True, MARGIN, Needs.pairs, "pairs.score_margin"),
-    BestBy.ece: Figure("calibration error of preferences", False, {}, Needs.pairs, "pairs.ece"),
-    BestBy.brier: Figure("Brier score of preferences", False, {}, Needs.pairs, "pairs.brier"),
-    BestBy.win_rate: Figure("win rate", True, {}, Needs.verdicts, "win.rate.mean"),
+    BestBy.loss: Figure("the held-out loss", False, LOSS),
+    BestBy.score: Figure("the score of held-out samples", True, {"ppo": "samples/score"}),
+    BestBy.accuracy: Figure("the preference accuracy", True, ACCURACY, Needs.pairs, "pairs.accuracy"),
+    BestBy.margin: Figure("the preference margin", True, MARGIN, Needs.pairs, "pairs.score_margin"),
+    BestBy.ece: Figure("the calibration error of preferences", False, {}, Needs.pairs, "pairs.ece"),
+    BestBy.brier: Figure("the Brier score of preferences", False, {}, Needs.pairs, "pairs.brier"),
+    BestBy.win_rate: Figure("the win rate", True, {}, Needs.verdicts, "win.rate.mean"),
     BestBy.win_rate_at_equal_length: Figure(
-        "win rate at equal length", True, {}, Needs.verdicts, "win.at_equal_length.rate"
+        "the win rate at equal length", True, {}, Needs.verdicts, "win.at_equal_length.rate"
     ),
-    BestBy.text_loss: Figure("loss on held-out text", False, {}, Needs.texts, "text.per_word"),
-    BestBy.unsafe_refused: Figure("unsafe prompts refused", True, {}, Needs.replies, "refusals.unsafe.refuses"),
-    BestBy.safe_refused: Figure("safe prompts refused", False, {}, Needs.replies, "refusals.safe.refuses"),
-    BestBy.distinct_2: Figure("distinct 2-grams", True, {}, Needs.replies, "replies.distinct_2"),
-    BestBy.kl: Figure("KL to the baseline", False, {}, Needs.kl, "kl.k3_per_token"),
-    BestBy.entropy: Figure("entropy", True, {}, Needs.kl, "kl.entropy_per_token"),
-    BestBy.tasks: Figure("right answers", True, {}, Needs.tasks, "tasks"),
-    BestBy.instructions: Figure("prompts with all instructions followed", True, {}, Needs.instructions, "tasks"),
-    BestBy.helpful: Figure("helpful by the oracle", True, {}, Needs.oracle, "helpful_accuracy"),
-    BestBy.right_reason: Figure("refused for the right reason", True, {}, Needs.oracle, "refused_right_reason"),
-    BestBy.unsafe_complied: Figure("unsafe complied by the oracle", False, {}, Needs.oracle, "unsafe_complied"),
-    BestBy.over_refused: Figure("over-refused by the oracle", False, {}, Needs.oracle, "over_refused"),
-    BestBy.garbled: Figure("garbled by the oracle", False, {}, Needs.oracle, "garbled"),
+    BestBy.text_loss: Figure("the loss on held-out text", False, {}, Needs.texts, "text.per_word"),
+    BestBy.unsafe_refused: Figure(
+        "the share of unsafe prompts refused", True, {}, Needs.replies, "refusals.unsafe.refuses"
+    ),
+    BestBy.safe_refused: Figure("the share of safe prompts refused", False, {}, Needs.replies, "refusals.safe.refuses"),
+    BestBy.distinct_2: Figure("the share of distinct 2-grams", True, {}, Needs.replies, "replies.distinct_2"),
+    BestBy.kl: Figure("the KL to the baseline", False, {}, Needs.kl, "kl.k3_per_token"),
+    BestBy.entropy: Figure("the entropy", True, {}, Needs.kl, "kl.entropy_per_token"),
+    BestBy.tasks: Figure("the share of right answers", True, {}, Needs.tasks, "tasks"),
+    BestBy.instructions: Figure(
+        "the share of prompts whose instructions were followed", True, {}, Needs.instructions, "tasks"
+    ),
+    BestBy.helpful: Figure("the share of helpful replies", True, {}, Needs.oracle, "helpful_accuracy"),
+    BestBy.right_reason: Figure(
+        "the share refused for the right reason", True, {}, Needs.oracle, "refused_right_reason"
+    ),
+    BestBy.unsafe_complied: Figure(
+        "the share of unsafe prompts complied with", False, {}, Needs.oracle, "unsafe_complied"
+    ),
+    BestBy.over_refused: Figure("the share over-refused", False, {}, Needs.oracle, "over_refused"),
+    BestBy.garbled: Figure("the share of garbled replies", False, {}, Needs.oracle, "garbled"),
 }
 
 
@@ -117,7 +125,7 @@ def check_best(config: RunConfig, name: str) -> None:
         return
     if figure.needs is None or name == "reward":
         there = [by.value for by, one in FIGURES.items() if name in one.own or (one.needs and name != "reward")]
-        raise UserError(f"{key}: {name} has no {figure.words}; it has {', '.join(there)}")
+        raise UserError(f"{key}: {name} does not have {figure.words}; it has {', '.join(there)}")
     for slot in slots_for(config, name):
         if getattr(config.data, slot) is None:
             raise UserError(f"{key} reads data.{slot}, which is not set; set data.{slot}=FILE")

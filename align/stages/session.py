@@ -146,7 +146,7 @@ def open_session(stage: StageConfig, context: RunContext) -> Session:
             raise UserError(f"{key}: no row is held out to judge by; raise data.held_out_fraction")
         session.callbacks.append(session.best)
     if run.is_main:
-        session.callbacks.append(Report(context.stage_name, session.log, wandb_run))
+        session.callbacks.append(Report(context.stage_name, session.log, wandb_run, session.best))
         session.callbacks.append(HeldOutGuard(context.stage_name, wandb_run.alert))
     session.callbacks.append(StopAtNaN(context.stage_name, wandb_run.alert))
     return session

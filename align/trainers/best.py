@@ -83,7 +83,7 @@ class Best(TrainerCallback):
 
     def where(self) -> str:
         """What the best evaluation is known by."""
-        return f"the {self.figure.words} was {'highest' if self.figure.higher else 'lowest'}"
+        return f"{self.figure.words} was {'highest' if self.figure.higher else 'lowest'}"
 
 
 class HeldOutGuard(TrainerCallback):

@@ -7,23 +7,21 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from align.config.best import FIGURES
 from align.config.errors import UserError
 from align.tracking.local import MetricsLog
 from align.tracking.progress import Progress, say
 from align.tracking.wandb_run import WandbRun
+from align.trainers.best import Best
 
 END_OF_TRAINING = "train_loss"
-EVERYWHERE = ("eval_entropy",)
-"""Told by evaluations that measure nothing more, too."""
 LEFT_OUT = ("step", "total_flos", "train_runtime", "train_tokens_per_second")
 
 
 class Report(TrainerCallback):
     """Every logged step goes to metrics.jsonl, to wandb and to the live line. Added on rank 0 only."""
 
-    def __init__(self, stage: str, log: MetricsLog, wandb_run: WandbRun) -> None:
-        self.stage, self.log, self.wandb_run = stage, log, wandb_run
+    def __init__(self, stage: str, log: MetricsLog, wandb_run: WandbRun, best: Best | None = None) -> None:
+        self.stage, self.log, self.wandb_run, self.best = stage, log, wandb_run, best
         self.training: Progress | None = None
         self.judging: Progress | None = None
         self.judged = 0
@@ -67,7 +65,7 @@ class Report(TrainerCallback):
     def on_evaluate(self, args, state, control, metrics=None, **kwargs):
         self.judging = None
         moment = f"after step {state.global_step}" if state.global_step else "before the first step"
-        say(f"{self.stage}: {held_out_figures(metrics)} {moment}")
+        say(f"{self.stage}: {held_out_figures(metrics, self.best)} {moment}")
 
     def _tokens_per_second(self, state) -> float:
         """Tokens of the steps since the last line, over the time these steps took, saving and judging left out."""
@@ -93,14 +91,12 @@ class StopAtNaN(TrainerCallback):
         )
 
 
-def held_out_figures(metrics: dict[str, Any]) -> str:
-    """An evaluation in words: the loss, of pairs the reward accuracy, and what was measured for `best_by`."""
+def held_out_figures(metrics: dict[str, Any], best: Best | None = None) -> str:
+    """An evaluation in words: the loss, of pairs the reward accuracy, and the figure of `best_by`."""
     words = f"held-out loss {metrics['eval_loss']:.4f}"
     for name in ("eval_rewards/accuracies", "eval_accuracy"):
         if name in metrics:
             words += f", reward accuracy {metrics[name]:.1%}"
-    for by, figure in FIGURES.items():
-        name = f"eval_{by.value}"
-        if name in metrics and name not in figure.own.values() and name not in EVERYWHERE:
-            words += f", {figure.words} {metrics[name]:.4g}"
+    if best is not None and best.key in metrics and best.key != "eval_loss":
+        words += f", {best.figure.words.removeprefix('the ')} {metrics[best.key]:.4g}"
     return words

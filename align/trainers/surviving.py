@@ -46,7 +46,7 @@ class SurvivingTrainer(BatchNamingTrainer):
         """The Trainer's, with what is measured of the policy beside the loss on held-out rows."""
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         if self.measure is not None:
-            output.metrics |= {f"{metric_key_prefix}_{name}": value for name, value in self.measure().items()}
+            output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in self.measure().items()})
         return output
 
     @contextlib.contextmanager

@@ -25,7 +25,9 @@ from align.trainers.samples import read_samples
 from align.world import oracle
 from tests.stages.runs import overrides
 
-SFT = ("run=[sft]", "stages.sft.max_steps=4", "stages.sft.eval_every=2", "best.rows=4", "best.max_new_tokens=24")
+SFT = ("run=[sft]", "stages.sft.max_steps=4", "stages.sft.eval_every=2", "best.rows=4", "best.max_new_tokens=24",
+    "data.prompts=tiny:prompts",
+)  # fmt: skip
 
 
 def by_length(prompts, completions, rows):
@@ -105,9 +107,13 @@ def test_the_prompts_are_none_that_evaluate_takes_first(by_oracle):
 
 
 def test_text_loss_is_what_evaluate_says_of_the_same_texts(tmp_path):
-    words = ["stages.sft.best_by=text_loss", "stages.sft.stop_after=5", "stages.evaluate.max_texts=4", "best.rows=4"]
+    texts = tmp_path / "texts.jsonl"
+    told = (f"Villager {n} went to the mill, and the miller told house {n + 1} of it." for n in range(40))
+    texts.write_text("".join(json.dumps({"text": text}) + "\n" for text in told))
+    words = [f"data.text={texts}", "stages.sft.best_by=text_loss", "stages.sft.stop_after=5"]
+    words += ["stages.evaluate.max_texts=4", "best.rows=4"]
     less = ["stages.evaluate.max_prompts=1", "stages.evaluate.kl_prompts=0", "stages.evaluate.max_pairs=0"]
-    models = [f"stages.evaluate.models={{base: tiny-base, sft: {tmp_path}/run/sft/policy}}"]
+    models = ["stages.evaluate.models.dpo=tiny-base"]
     assert main(overrides(tmp_path, "run=[sft,evaluate]", *SFT[1:3], *words, *less, *models)) == 0
     text = json.loads((tmp_path / "run/evaluate/scores.json").read_text())["models"]["sft"]["text"]["per_word"]
     assert read_manifest(tmp_path / "run/sft").metrics["after/text_loss"] == pytest.approx(text, rel=1e-5)
@@ -134,14 +140,16 @@ def test_training_ends_when_nothing_better_comes_and_the_alert_says_so(tmp_path,
     monkeypatch.setattr(best_stage.Measures, "_figures", lambda *_: {"helpful": next(values)})
     told = []
     monkeypatch.setattr("align.tracking.wandb_run.WandbRun.alert", lambda self, *words: told.append(words))
-    by = ("stages.sft.best_by=helpful", "stages.sft.stop_after=2", "stages.sft.keep_best=true")
+    by = ("stages.sft.best_by=helpful", "stages.sft.stop_after=2", "stages.sft.keep_best=true", SFT[-1])
     assert main(overrides(tmp_path, "run=[sft]", *by, "stages.sft.max_steps=9", "stages.sft.eval_every=1")) == 0
     metrics = read_manifest(tmp_path / "run/sft").metrics
     assert (metrics["kept_step"], metrics["stopped_early"], metrics["after/helpful"]) == (2.0, 1.0, 0.7)
     assert read_manifest(tmp_path / "run/sft").steps == 4
-    words = "stopped at step 4: helpful by the oracle was not better than the 0.7 of step 2 in 2 evaluations in a row"
+    words = "stopped at step 4: the share of helpful replies was not better than the 0.7 of step 2 in 2 evaluations in a row"
     said = capsys.readouterr().err
-    assert f"sft: {words}" in said and "policy is that of step 2, where the helpful by the oracle was highest" in said
+    assert (
+        f"sft: {words}" in said and "policy is that of step 2, where the share of helpful replies was highest" in said
+    )
     assert ("sft: stopped early", words) in told
 
 
@@ -179,7 +187,7 @@ def test_a_held_out_loss_that_goes_the_wrong_way_is_told():
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ("stages.sft.best_by=score", "sft has no score of held-out samples; it has loss, accuracy"),
+        ("stages.sft.best_by=score", "sft does not have the score of held-out samples; it has loss, accuracy"),
         ("stages.sft.best_by=win_rate", "stages.sft.best_by=win_rate needs a judge: best.judge.kind=reward"),
         ("stages.sft.best_by=tasks", "stages.sft.best_by=tasks needs files: best.tasks="),
         ("stages.sft.best_by=text_loss data.text=null", "reads data.text, which is not set"),
