@@ -34,6 +34,9 @@ class Manifest:
     seed: int = 0
     world_size: int = 1
     zero_stage: int | None = None
+    memory: dict[str, float] = field(default_factory=dict)
+    """Of the rank that took most: `planned_bytes` of the device as do=plan counts them, `peak_bytes` that it took,
+    `host_bytes` of the process. On a CPU the peak is what main memory grew by."""
     template_digest: str | None = None
     packages: dict[str, str] = field(default_factory=dict)
     git_commit: str | None = None

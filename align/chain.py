@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 from align import artifacts
 from align.artifacts import Manifest
 from align.config import command_line
+from align.config.best import COMPARED, Needs, measured
 from align.config.errors import Stopped, UserError
 from align.config.keys import slots_of
 from align.config.rewards import RewardSetting, parse_rewards
@@ -21,6 +22,7 @@ from align.config.schema import (
     ConstitutionalStage,
     EvaluateStage,
     ExportStage,
+    JudgeConfig,
     JudgeKind,
     ModelConfig,
     PPOStage,
@@ -150,14 +152,15 @@ def _check_context_length(config: RunConfig, name: str, stage: StageConfig) -> N
         )
 
 
-def _wires(name: str, stage: Any) -> dict[str, str]:
+def _wires(config: RunConfig, name: str) -> dict[str, str]:
     """Config key -> model for every model that a stage takes in."""
+    stage = getattr(config.stages, name)
     if isinstance(stage, StageConfig):
         wires = {f"stages.{name}.policy": stage.policy}
         for key in ("reference", "value"):
             if plain(stage).get(key):
                 wires[f"stages.{name}.{key}"] = getattr(stage, key)
-        return wires | _reward_wires(name, stage)
+        return wires | _best_wires(config, name) | _reward_wires(config, name)
     if isinstance(stage, ScoreStage):
         return {f"stages.{name}.reward_model": stage.reward_model}
     if isinstance(stage, ConstitutionalStage):
@@ -169,19 +172,30 @@ def _wires(name: str, stage: Any) -> dict[str, str]:
     wires = {f"stages.{name}.models.{key}": path for key, path in stage.models.items()}
     if isinstance(stage, ClassifyStage):
         return wires
-    judge = stage.judge
-    if judge.kind is JudgeKind.model and judge.speaker.model and judge.speaker.backend is not SpeakerBackend.server:
-        wires[f"stages.{name}.judge.speaker.model"] = judge.speaker.model
-    return wires | _reward_wires(name, stage)
+    return wires | _speaker_wires(f"stages.{name}.judge", stage.judge) | _reward_wires(config, name)
 
 
-def _reward_wires(name: str, stage: Any) -> dict[str, str]:
+def _best_wires(config: RunConfig, name: str) -> dict[str, str]:
+    """The models that a stage takes in to measure its `best_by`, but for a reward model."""
+    needs = measured(name, getattr(config.stages, name))
+    wires = {"best.baseline": config.best.baseline} if needs in COMPARED else {}
+    return wires | (_speaker_wires("best.judge", config.best.judge) if needs is Needs.verdicts else {})
+
+
+def _speaker_wires(where: str, judge: JudgeConfig) -> dict[str, str]:
+    local = judge.kind is JudgeKind.model and judge.speaker.backend is not SpeakerBackend.server
+    return {f"{where}.speaker.model": judge.speaker.model} if local and judge.speaker.model else {}
+
+
+def _reward_wires(config: RunConfig, name: str) -> dict[str, str]:
     """Config key -> reward model for those among the rewards of a stage, and the judge of an evaluation."""
-    if isinstance(stage, EvaluateStage):
-        judged = stage.judge.kind is JudgeKind.reward and stage.judge.reward_model
-        return {f"stages.{name}.judge.reward_model": stage.judge.reward_model} if judged else {}
-    models = {setting.name: setting.model for setting in _rewards(stage)}
-    return {f"stages.{name}.rewards.{reward}.model": model for reward, model in models.items() if model}
+    stage = getattr(config.stages, name)
+    models = {f"stages.{name}.rewards.{setting.name}.model": setting.model for setting in _rewards(stage)}
+    if isinstance(stage, EvaluateStage) and stage.judge.kind is JudgeKind.reward:
+        models[f"stages.{name}.judge.reward_model"] = stage.judge.reward_model
+    if measured(name, stage) is Needs.verdicts and config.best.judge.kind is JudgeKind.reward:
+        models["best.judge.reward_model"] = config.best.judge.reward_model
+    return {key: model for key, model in models.items() if model}
 
 
 def _rewards(stage: Any) -> list[RewardSetting]:
@@ -191,8 +205,8 @@ def _rewards(stage: Any) -> list[RewardSetting]:
 def _check_wires(config: RunConfig, name: str, earlier: list[str], run_dir: Path) -> None:
     """Every model and function that a stage takes in: it is what it has to be, or an earlier stage will make it."""
     stage = getattr(config.stages, name)
-    rewards = _reward_wires(name, stage)
-    for key, wire in _wires(name, stage).items():
+    rewards = _reward_wires(config, name)
+    for key, wire in _wires(config, name).items():
         try:
             there = _check_wire(key, wire, earlier, config, run_dir)
             if there and key in rewards:
@@ -333,8 +347,7 @@ def _refuse_other_config(context: RunContext, then: dict[str, Any], now: dict[st
 
 
 def _refuse_other_inputs(context: RunContext, manifest: Manifest) -> None:
-    stage = getattr(context.config.stages, context.stage_name)
-    models = _wires(context.stage_name, stage).values()
+    models = _wires(context.config, context.stage_name).values()
     now = {d["path"]: d["digest"] for model in models for d in input_digests(model, "")}
     for slot in slots_of(context.config, context.stage_name):
         now |= {d["path"]: d["digest"] for d in slot_digests(context.config.data, slot)}

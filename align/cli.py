@@ -177,6 +177,7 @@ def _sweep(arguments: list[str], user_dir: Path | None) -> int:
         store.compose_run(member, user_dir)
     fixed = {o.input_line for o in overrides if not o.is_sweep_override()}
     failed: list[str] = []
+    done: list[Path] = []
     stopped: list[Stopped] = []
 
     def run_member(_: Any) -> None:
@@ -194,6 +195,8 @@ def _sweep(arguments: list[str], user_dir: Path | None) -> int:
         try:
             if run(composed.config):
                 failed.append(name)
+            elif composed.config.do is Verb.train:
+                done.append(Path(folder))
         except Stopped as stop:
             # Hydra would print a traceback of it.
             stopped.append(stop)
@@ -210,6 +213,10 @@ def _sweep(arguments: list[str], user_dir: Path | None) -> int:
         shutil.rmtree(scratch, ignore_errors=True)
     if stopped:
         raise stopped[0]
+    if len(done) > 1 and os.environ.get("RANK", "0") == "0":
+        from align.tracking.report_files import SWEEP_REPORT, leave_comparison
+
+        print("\n".join(["", *leave_comparison(done, done[0].parent / SWEEP_REPORT)]))
     if failed:
         _say(f"sweep: {len(failed)} failed: {'; '.join(failed)}")
     return USER_ERROR if failed else 0

@@ -7,6 +7,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+from align.config.best import COMPARED, Needs, asked_for, measured
 from align.config.errors import UserError
 from align.config.keys import EVERY_SLOT, SLOTS, slots_of, stage_of
 from align.config.rewards import parse_rewards
@@ -30,6 +31,7 @@ from align.config.schema import (
     ZeroChoice,
 )
 
+WRITES = {Needs.replies, Needs.oracle, Needs.verdicts, Needs.kl, Needs.tasks, Needs.instructions}
 SMOOTHED = (PairLoss.sigmoid, PairLoss.robust, PairLoss.sigmoid_norm)
 
 
@@ -65,6 +67,7 @@ def refuse_without_effect(given: list[str], config: RunConfig, slots: dict[str, 
 def _words(typed: Typed) -> dict[str, str]:
     return {
         "run": ", ".join(typed.config.run),
+        "first": next((name for name in typed.config.run if name not in ("evaluate", "score")), "sft"),
         "stage": str(stage_of(typed.path)),
         "slots": ", ".join(f"data.{name}" for name in sorted(_slots_read(typed))),
     }
@@ -117,11 +120,20 @@ def models_of(config: RunConfig) -> Iterator[str]:
             yield from stage.models.values() if name in ("evaluate", "classify") else [stage.policy]
         if name == "evaluate":
             yield from _judges(stage.judge)
+        if measured(name, stage):
+            yield config.best.baseline
+            yield from _judges(config.best.judge)
         for field in fields(stage):
             if field.name in ("reference", "value") and getattr(stage, field.name):
                 yield getattr(stage, field.name)
         if name == "ppo":
             yield from (str(setting.model) for setting in parse_rewards(stage.rewards) if setting.model)
+
+
+def _measured(typed: Typed) -> set[Needs]:
+    """What is measured at the evaluations of the run's stages for their `best_by`."""
+    found = (measured(name, getattr(typed.config.stages, name)) for name in typed.config.run)
+    return {needs for needs in found if needs is not None}
 
 
 def _judges(judge: JudgeConfig) -> Iterator[str]:
@@ -198,15 +210,31 @@ RULES: tuple[Rule, ...] = (
         lambda t: t.stage.save_every == 0,
         "stages.{stage}.save_every=0 writes no checkpoints",
     ),
-    (
-        "stages.ppo.keep_best",
-        lambda t: True,
-        "PPO has no held-out loss; where stages.ppo.stop_on ends a run, the best checkpoint before is kept",
+    *(
+        (f"stages.{stage}.{key}", idle, f"nothing is judged between the first step and the last; {way}")
+        for key in ("keep_best", "stop_after")
+        for stage, idle, way in (
+            ("ppo", lambda t: t.stage.sample_every == 0, "raise stages.ppo.sample_every"),
+            ("*", lambda t: "ppo" not in t.path and t.stage.eval_every == 0, "add stages.{stage}.eval_every=50"),
+        )
     ),
+    ("stages.*.best_by", lambda t: not asked_for(t.stage), "add stages.{stage}.keep_best=true or stop_after=3"),
     (
-        "stages.*.keep_best",
-        lambda t: t.stage.eval_every == 0,
-        "nothing is judged between the first step and the last; add stages.{stage}.eval_every=50",
+        "best.*",
+        lambda t: not _measured(t),
+        "no stage measures its best_by; add such as stages.{first}.best_by=win_rate with keep_best or stop_after",
+    ),
+    *(
+        (f"best.{pattern}", lambda t, of=of: not _measured(t) & of, f"only best_by={names} reads it")
+        for pattern, of, names in (
+            ("judge.*", {Needs.verdicts}, "win_rate and win_rate_at_equal_length"),
+            ("tasks", {Needs.tasks}, "tasks"),
+            ("instructions", {Needs.instructions}, "instructions"),
+            ("max_new_tokens", WRITES, "what needs replies"),
+            ("batch_size", WRITES, "what needs replies"),
+            ("rows", set(Needs) - {Needs.tasks, Needs.instructions}, "what reads rows of a slot"),
+            ("baseline", COMPARED, "what is compared with a baseline"),
+        )
     ),
     (
         "stages.dpo.label_smoothing",
@@ -311,9 +339,13 @@ RULES: tuple[Rule, ...] = (
     ),
     *(
         (
-            f"stages.evaluate.judge.{key}",
-            lambda t, kind=kind: t.stage.judge.kind is not kind,
-            f"only stages.evaluate.judge.kind={kind.name} reads it",
+            f"{judge}.{key}",
+            lambda t, kind=kind, of=of: of(t).kind is not kind,
+            f"only {judge}.kind={kind.name} reads it",
+        )
+        for judge, of in (
+            ("stages.evaluate.judge", lambda t: t.stage.judge),
+            ("best.judge", lambda t: t.config.best.judge),
         )
         for kind, pattern in (
             (JudgeKind.reward, ("reward_model",)),

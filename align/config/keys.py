@@ -9,6 +9,7 @@ from functools import cache
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from align.config import schema
+from align.config.best import slots_for
 from align.config.schema import RunConfig
 
 SLOTS = {
@@ -43,6 +44,7 @@ def slots_of(config: RunConfig, stage: str) -> tuple[str, ...]:
     made = config.stages.constitutional
     if stage == "constitutional" and made is not None and made.helpful_ratio > 0 and config.data.helpful:
         mixed = ("helpful",)
+    mixed += tuple(slot for slot in slots_for(config, stage) if slot != SLOTS[stage])
     return (SLOTS[stage], *ALSO_READ.get(stage, ()), *mixed)
 
 

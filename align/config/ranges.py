@@ -7,6 +7,7 @@ from dataclasses import fields
 from fnmatch import fnmatchcase
 from typing import Any
 
+from align.config.best import check_best
 from align.config.errors import UserError
 from align.config.keys import keys, stage_of
 from align.config.rewards import parse_rewards
@@ -52,6 +53,7 @@ LIMITS: dict[str, Limit] = {
     # The newest is trusted only once it is sealed, so the one before it has to be there.
     "stages.*.keep_checkpoints": (lambda value: value >= 2, "2 or more"),
     "stages.*.max_nonfinite_steps": NOT_NEGATIVE,
+    "stages.*.stop_after": NOT_NEGATIVE,
     "stages.*.temperature": NOT_NEGATIVE,
     "stages.dpo.beta": ABOVE_ZERO,
     "stages.dpo.label_smoothing": BELOW_HALF,
@@ -99,11 +101,17 @@ LIMITS: dict[str, Limit] = {
     "stages.evaluate.max_texts": NOT_NEGATIVE,
     "stages.evaluate.beta": ABOVE_ZERO,
     "stages.evaluate.resamples": (lambda value: value >= 100, "100 or more"),
-    "stages.evaluate.*.concurrency": AT_LEAST_ONE,
-    "stages.evaluate.*.timeout_seconds": ABOVE_ZERO,
-    "stages.evaluate.*.retries": NOT_NEGATIVE,
-    "stages.evaluate.*.votes": NOT_NEGATIVE,
-    "stages.evaluate.*.memory_share": (lambda value: 0 < value < 1, "above 0 and below 1"),
+    **{
+        f"{who}.{key}": limit
+        for who in ("stages.evaluate.*", "best.*")
+        for key, limit in (
+            ("concurrency", AT_LEAST_ONE),
+            ("timeout_seconds", ABOVE_ZERO),
+            ("retries", NOT_NEGATIVE),
+            ("votes", NOT_NEGATIVE),
+            ("memory_share", (lambda value: 0 < value < 1, "above 0 and below 1")),
+        )
+    },
     "stages.evaluate.*price": NOT_NEGATIVE,
     "stages.classify.few_shot": NOT_NEGATIVE,
     "stages.classify.max_rows": AT_LEAST_ONE,
@@ -113,6 +121,10 @@ LIMITS: dict[str, Limit] = {
         lambda value: re.fullmatch(r"[1-9]\d*[KMG]B", str(value)) is not None,
         "a size such as 500MB or 5GB",
     ),
+    "best.*price": NOT_NEGATIVE,
+    "best.rows": AT_LEAST_ONE,
+    "best.max_new_tokens": AT_LEAST_ONE,
+    "best.batch_size": AT_LEAST_ONE,
     "stages.reward.label_smoothing": BELOW_HALF,
     "stages.reward.centring_weight": NOT_NEGATIVE,
     "stages.reward.statistics_rows": AT_LEAST_ONE,
@@ -136,6 +148,7 @@ def refuse_out_of_range(config: RunConfig) -> None:
     for name in config.run:
         stage = getattr(config.stages, name)
         _refuse_uneven_batch(name, stage)
+        check_best(config, name)
         if isinstance(stage, PPOStage):
             _refuse_uneven_update(stage)
 

@@ -166,6 +166,32 @@ class JudgeKind(Enum):
     function = "function"
 
 
+class BestBy(Enum):
+    """By which figure one evaluation while training is better than another; `align/config/best.py` says which way."""
+
+    loss = "loss"
+    accuracy = "accuracy"
+    margin = "margin"
+    ece = "ece"
+    brier = "brier"
+    score = "score"
+    win_rate = "win_rate"
+    win_rate_at_equal_length = "win_rate_at_equal_length"
+    text_loss = "text_loss"
+    unsafe_refused = "unsafe_refused"
+    safe_refused = "safe_refused"
+    distinct_2 = "distinct_2"
+    kl = "kl"
+    entropy = "entropy"
+    tasks = "tasks"
+    instructions = "instructions"
+    helpful = "helpful"
+    right_reason = "right_reason"
+    unsafe_complied = "unsafe_complied"
+    over_refused = "over_refused"
+    garbled = "garbled"
+
+
 class Draw(Enum):
     """How the principles of a prompt's rounds are drawn, likelier by weight; `in_order` takes them as written."""
 
@@ -440,7 +466,12 @@ class StageConfig:
     keep_checkpoints: int = 2
     """Newest checkpoints kept while training; all are removed once the stage is complete."""
     keep_best: bool = False
-    """The policy is that of the evaluation with the lowest held-out loss, not of the last step. Needs eval_every."""
+    """The policy is that of the evaluation that is the best by best_by, not of the last step. Needs eval_every."""
+    best_by: BestBy = BestBy.loss
+    """loss (held-out rows) | accuracy | margin | win_rate | text_loss | unsafe_refused | helpful | ...: one of a table
+    in docs/evaluation.md. What held-out rows do not tell is measured at each evaluation, see `best`."""
+    stop_after: int = 0
+    """Evaluations in a row that are not better by best_by, after which training ends. 0: never. Needs eval_every."""
     max_nonfinite_steps: int = 3
     """Steps whose loss or gradient is not finite are skipped and counted; one more than this ends the run."""
 
@@ -544,6 +575,13 @@ class PPOStage(StageConfig):
     """Longest prompt with its completion; prompts longer than max_tokens - max_new_tokens are dropped and counted."""
     save_every: int = 10
     """Updates between checkpoints. 0: none, an interrupted stage starts again."""
+    keep_best: bool = False
+    """The policy is that of the samples that are the best by best_by, not of the last update. Needs sample_every."""
+    best_by: BestBy = BestBy.score
+    """score (of the held-out samples) | win_rate | text_loss | unsafe_refused | helpful | ...: one of a table in
+    docs/evaluation.md. What samples do not tell is measured whenever they are taken, see `best`."""
+    stop_after: int = 0
+    """Samples in a row that are not better by best_by, after which training ends. 0: never. Needs sample_every."""
     reference: Optional[str] = None
     """The frozen reference of the KL penalty; null: the policy as it was before the first step."""
     rewards: Dict[str, Any] = field(default_factory=dict)
@@ -718,6 +756,27 @@ class JudgeConfig:
 
 
 @dataclass
+class BestConfig:
+    """What `best_by` measures of the policy while a stage trains it, where held-out rows do not tell: as evaluate does,
+    on rows that stay the same."""
+
+    baseline: str = "${model.path}"
+    """The model that replies, pairs and KL are compared with."""
+    judge: JudgeConfig = field(default_factory=JudgeConfig)
+    """Of win rates. It is loaded anew for each evaluation, beside what trains."""
+    rows: int = 32
+    """Prompts answered (of the embedded world: of each kind), pairs weighed or pieces of text read each time."""
+    max_new_tokens: int = 64
+    """Longest reply."""
+    batch_size: int = 32
+    """Prompts generated together."""
+    tasks: List[str] = field(default_factory=list)
+    """best_by=tasks: files of questions with one right answer, as in stages.evaluate.tasks."""
+    instructions: List[str] = field(default_factory=list)
+    """best_by=instructions: files of prompts with instructions that a rule can check."""
+
+
+@dataclass
 class EvaluateStage:
     """Several models side by side, on the same held-out prompts, pairs and texts: which is better, and what it cost."""
 
@@ -743,6 +802,8 @@ class EvaluateStage:
     """Files of questions with one right answer (`question`, `answer`), told by exact match."""
     instructions: List[str] = field(default_factory=list)
     """Files of prompts with instructions that a rule can check (`prompt`, `instruction_id_list`, `kwargs`)."""
+    lm_eval: List[str] = field(default_factory=list)
+    """Tasks of lm-eval, by name or as YAML files of your own; needs the extra `lm-eval`."""
     resamples: int = 2000
     """Bootstrap resamples of prompts for each interval."""
     max_prompts: int = 64
@@ -850,4 +911,5 @@ class RunConfig:
     report: ReportConfig = field(default_factory=ReportConfig)
     chat: ChatConfig = field(default_factory=ChatConfig)
     log: LogConfig = field(default_factory=LogConfig)
+    best: BestConfig = field(default_factory=BestConfig)
     stages: Stages = field(default_factory=Stages)

@@ -160,12 +160,8 @@ class ActorCritic(nn.Module):
     @contextmanager
     def generating(self) -> Iterator[PreTrainedModel]:
         """Inside: the model whose `generate` samples from the policy, with its cache on; after, the cache is off."""
-        policy = layouts.plain_model(self.policy)
-        _set_cache(policy, True)
-        try:
+        with cache_on(layouts.plain_model(self.policy)) as policy:
             yield policy
-        finally:
-            _set_cache(policy, False)
 
     def attach(self, layout: Layout) -> None:
         """Switch every backbone to the attention `layout` needs."""
@@ -256,6 +252,16 @@ def _read_chunk(logits: Tensor, targets: Tensor, temperature: float, entropies: 
 
 def _as_bits(scale: float, centre: float) -> Tensor:
     return torch.tensor([scale, centre], dtype=torch.float64).view(torch.int64)
+
+
+@contextmanager
+def cache_on(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
+    """Inside: a model that is trained, and so without a cache, with one to generate."""
+    _set_cache(model, True)
+    try:
+        yield model
+    finally:
+        _set_cache(model, False)
 
 
 def _set_cache(model: PreTrainedModel, use: bool) -> None:

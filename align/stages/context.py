@@ -6,6 +6,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
+from align.config.best import measured
 from align.config.keys import EVERY_SLOT, slots_of
 from align.config.redaction import redacted
 from align.config.schema import RunConfig
@@ -61,6 +62,8 @@ def stage_record(config: RunConfig, stage_name: str, run_dir: Path) -> dict[str,
         "peft": plain(config.peft),
         "precision": plain(config.precision),
     }
+    if measured(stage_name, getattr(config.stages, stage_name)):
+        record["best"] = plain(config.best)
     # Redacted before it is compared too: a key that was changed makes no other model.
     return redacted(without_run_dir(record, str(run_dir)))
 

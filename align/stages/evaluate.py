@@ -7,6 +7,7 @@ from typing import Any
 
 from align import artifacts
 from align.artifacts import Manifest
+from align.config.best import EMBEDDED_PROMPTS
 from align.config.errors import UserError
 from align.config.schema import DataConfig, EvaluateStage
 from align.constitutional.work import Work
@@ -14,6 +15,7 @@ from align.data.held_out import first_turn, held_out_rows, position
 from align.data.prepare import PreparedPrompts, prepare_prompts
 from align.data.records import PromptRow
 from align.distributed import runtime
+from align.generation.harness import check_tasks, is_file
 from align.generation.speakers import Failed, Said
 from align.stages.context import RunContext, flat, stage_record
 from align.stages.evaluate_figures import scores
@@ -27,7 +29,6 @@ from align.tracking.progress import say
 
 SAMPLES, SCORES, REPORT = "samples.jsonl", "scores.json", "evaluate_report.html"
 JOURNAL = "journal"
-EMBEDDED_PROMPTS = "tiny:prompts"
 SHOWN = 24
 
 
@@ -37,7 +38,7 @@ def run(stage: EvaluateStage, context: RunContext) -> Manifest:
     prompts = prepare_prompts(context.config.data)
     if context.runtime.is_main:
         prompts.report.bad_rows.write(context.stage_dir / BAD_ROWS)
-    prompts.rows = _chosen(prompts.rows, stage, context.config.data)
+    prompts.rows = chosen_prompts(prompts.rows, stage, context.config.data)
     asked = questions(stage, context, prompts.rows)
     folder = context.stage_dir / JOURNAL
     work, parts = Work(folder, context.runtime, context.stage_name), Parts(folder, context.runtime)
@@ -64,10 +65,12 @@ def check_stage(stage: EvaluateStage, context: RunContext) -> None:
         raise UserError(
             f"stages.evaluate.baseline={stage.baseline} is none of stages.evaluate.models ({', '.join(stage.models)})"
         )
-    check_judge(stage, context)
+    check_judge(stage.judge, context)
+    if stage.lm_eval:
+        check_tasks(stage.lm_eval)
 
 
-def _chosen(rows: list[PromptRow], stage: EvaluateStage, data: DataConfig) -> list[PromptRow]:
+def chosen_prompts(rows: list[PromptRow], stage: EvaluateStage, data: DataConfig) -> list[PromptRow]:
     """The prompts to answer: the first of each kind of the embedded world; else the first that no stage trained on.
 
     Every row counts where none is held out (data.held_out_fraction=0, or too few rows).
@@ -109,6 +112,11 @@ def _manifest(stage: EvaluateStage, context: RunContext, prompts: PreparedPrompt
     files += [
         {"name": "instructions", "path": path, "digest": artifacts.digest_file(Path(path))}
         for path in stage.instructions
+    ]
+    files += [
+        {"name": "lm_eval", "path": task, "digest": artifacts.digest_file(Path(task))}
+        for task in stage.lm_eval
+        if is_file(task)
     ]
     outputs = [SAMPLES, SCORES, REPORT]
     return Manifest(

@@ -26,6 +26,8 @@ from align.stages.evaluate_measure import Measured, Questions
 from align.world import oracle
 
 NAN = float("nan")
+Z_95 = 1.959964
+"""Standard errors to each side of a mean that hold 95 % of a normal distribution."""
 
 
 def scores(
@@ -44,6 +46,7 @@ def scores(
     for name, one in measured.items():
         base = None if name == stage.baseline else baseline
         figures = {"replies": _replies(one), **_safety(rows, one), **_text(one), **_tasks(stage, asked, one, base)}
+        figures |= _lm_eval(stage, one, base)
         pairs, bins = _pairs(stage, one, base)
         figures |= pairs
         reliability |= {name: bins} if bins else {}
@@ -153,6 +156,23 @@ def _tasks(stage: EvaluateStage, asked: Questions, one: Measured, base: Measured
             figures |= {"change": asdict(became)} if became else {}
         found[path] = figures
     return {"tasks": found} if found else {}
+
+
+def _lm_eval(stage: EvaluateStage, one: Measured, base: Measured | None) -> dict[str, Any]:
+    """task -> metric -> the figure with its 95 % interval, and the paired change where documents have numbers."""
+    found: dict[str, Any] = {}
+    for task, told in one.lm_eval.items():
+        found[task] = {"documents": told["count"]}
+        for metric, figure in told["metrics"].items():
+            reach = None if figure["stderr"] is None else Z_95 * figure["stderr"]
+            ends = {} if reach is None else {"low": figure["mean"] - reach, "high": figure["mean"] + reach}
+            found[task][metric] = {"mean": figure["mean"], **ends}
+            before = base and base.lm_eval.get(task, {}).get("metrics", {}).get(metric)
+            if before and figure["values"] and len(before["values"]) == len(figure["values"]):
+                values = np.array(figure["values"]), np.array(before["values"])
+                became = paired_difference(*values, draws=stage.resamples, seed=stage.seed)
+                found[task][f"{metric} change"] = became
+    return {"lm_eval": found} if found else {}
 
 
 def _right(exact: bool, rows: Sequence[Mapping[str, Any]], replies: Sequence[Said | Failed]) -> tuple[Values, dict]:

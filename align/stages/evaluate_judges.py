@@ -8,7 +8,7 @@ import numpy as np
 from align.config.constitution import load_constitution
 from align.config.errors import UserError
 from align.config.rewards import RewardSetting, check_function
-from align.config.schema import EvaluateStage, JudgeKind
+from align.config.schema import EvaluateStage, JudgeConfig, JudgeKind
 from align.constitutional.journal import key_of
 from align.constitutional.judging import Judge, Pair
 from align.constitutional.prompts import Questions
@@ -23,7 +23,7 @@ from align.stages.evaluate_parts import Parts
 from align.stages.rows import load_template
 from align.stages.scoring import answer_scores
 from align.stages.session import input_digests
-from align.stages.speakers import check_speaker, load_speaker, local_name
+from align.stages.speakers import check_device, check_speaker, load_speaker, local_name
 from align.trainers.reward_sources import Answered, FunctionReward, function_digest
 
 WHERE = "stages.evaluate.judge"
@@ -35,20 +35,20 @@ Verdict = dict[str, Any]
 better; the model's is first as given. Or `scores`, the model's and the baseline's. Or `fault`, why there is none."""
 
 
-def check_judge(stage: EvaluateStage, context: RunContext) -> None:
-    """Raises: UserError for a judge that lacks what its kind needs."""
-    judge = stage.judge
+def check_judge(judge: JudgeConfig, context: RunContext, where: str = WHERE) -> None:
+    """Raises: UserError for a judge that lacks what its kind needs. where: the key of its settings."""
     if judge.kind is JudgeKind.reward:
         if not judge.reward_model:
-            raise UserError(f"{WHERE}.kind=reward needs {WHERE}.reward_model, a reward model's folder")
+            raise UserError(f"{where}.kind=reward needs {where}.reward_model, a reward model's folder")
         check_reward_model(judge.reward_model, context.config.model)
     if judge.kind is JudgeKind.function:
         if not judge.function:
-            raise UserError(f"{WHERE}.kind=function needs {WHERE}.function, such as my_module:my_function")
-        check_function(f"{WHERE}.function", judge.function)
-        FunctionReward(_function(stage))
+            raise UserError(f"{where}.kind=function needs {where}.function, such as my_module:my_function")
+        check_function(f"{where}.function", judge.function)
+        FunctionReward(RewardSetting("judge", None, judge.function, where=f"{where}.function"))
     if judge.kind is JudgeKind.model:
-        check_speaker(judge.speaker, f"{WHERE}.speaker")
+        check_speaker(judge.speaker, f"{where}.speaker")
+        check_device(judge.speaker, f"{where}.speaker", context.runtime.device)
         load_constitution(judge.constitution)
 
 

@@ -45,6 +45,8 @@ class Measured:
     """As `pairs_digest`."""
     tasks: dict[str, list[Said | Failed]] = field(default_factory=dict)
     """Answers to the rows of each file of `tasks` and `instructions`."""
+    lm_eval: dict[str, Any] = field(default_factory=dict)
+    """What `align.generation.harness.task_figures` found, by task."""
 
 
 @dataclass(frozen=True)
@@ -76,10 +78,10 @@ def measure(
     others = [name for name in stage.models if name != stage.baseline]
     for name in [*others, stage.baseline]:
         subject = Subject(name, stage.models[name], stage, context, parts)
-        found[name] = _of(subject, work, asked)
+        found[name] = measured_of(subject, work, asked)
         if name == stage.baseline:
             for other in others:
-                _baseline_reads(subject, Subject(other, stage.models[other], stage, context, parts), found[other])
+                baseline_reads(subject, Subject(other, stage.models[other], stage, context, parts), found[other])
             if asked.shots:
                 label = f"{name} {FEW_SHOT}"
                 found[label] = Measured(subject.replies(work, asked.prompts, asked.shots))
@@ -88,11 +90,14 @@ def measure(
     return {label: found[label] for label in order}
 
 
-def _of(subject: Subject, work: Work, asked: Questions) -> Measured:
+def measured_of(subject: Subject, work: Work, asked: Questions) -> Measured:
+    """All that the settings ask of one model, but for what the baseline has to read. On every rank."""
     stage, measured = subject.stage, Measured(subject.replies(work, asked.prompts))
     for path, rows in asked.tasks.items():
         prompts = [PromptRow((Message("user", str(row.get("question", row.get("prompt")))),), row) for row in rows]
         measured.tasks[path] = subject.replies(work, prompts)
+    for task in stage.lm_eval:
+        measured.lm_eval |= subject.lm_eval(task)
     if stage.kl_prompts:
         measured.samples = subject.samples(asked.prompts[: stage.kl_prompts])
         measured.logps = subject.token_logps("samples", measured.samples)
@@ -104,7 +109,8 @@ def _of(subject: Subject, work: Work, asked: Questions) -> Measured:
     return measured
 
 
-def _baseline_reads(baseline: Subject, other: Subject, measured: Measured) -> None:
+def baseline_reads(baseline: Subject, other: Subject, measured: Measured) -> None:
+    """What the baseline makes of another model's samples, for the KL; nothing if they read text differently."""
     if baseline.template.digest != other.template.digest:
         measured.no_kl = f"{other.label} has another tokenizer or template than {baseline.label}"
         measured.samples = []

@@ -6,10 +6,12 @@ number of rows, so that no figure depends on `batch_size`.
 
 from collections.abc import Callable, Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from align.artifacts import digest_file, digest_value
 from align.config.schema import EvaluateStage
 from align.constitutional.drawing import seed_of
 from align.constitutional.journal import key_of
@@ -17,7 +19,8 @@ from align.constitutional.work import Work
 from align.data.prepare import Prepared, prepare_preferences, prepare_text
 from align.data.records import Message, PromptRow
 from align.data.template import Template
-from align.distributed.runtime import free_memory
+from align.distributed.runtime import free_memory, from_main
+from align.generation import harness
 from align.generation.answer_logps import token_logps_alone
 from align.generation.local_speaker import LocalSpeaker
 from align.generation.rollout import sample
@@ -26,7 +29,7 @@ from align.stages.context import RunContext
 from align.stages.evaluate_parts import Parts, shared
 from align.stages.rows import load_template
 from align.stages.speakers import load_local, local_name
-from align.tracking.progress import Progress
+from align.tracking.progress import Progress, say
 
 ROWS_TOGETHER = 16
 KL_TEMPERATURE = 1.0
@@ -56,15 +59,19 @@ class Subject:
 
     def replies(self, work: Work, prompts: Sequence[PromptRow], shots: Sequence[Message] = ()) -> list[Said | Failed]:
         """An answer to each prompt, after the turns of `shots`."""
+        asks = self.asks(prompts, shots)
+        return work.say(f"answers of {self.label}" + (" to a few-shot prompt" if shots else ""), self, asks)
+
+    def asks(self, prompts: Sequence[PromptRow], shots: Sequence[Message] = ()) -> list[Ask]:
+        """The questions that `replies` puts."""
         stage = self.stage
-        asks = [
+        return [
             Ask(
                 str(place), tuple(turn.as_dict() for turn in (*shots, *row.messages)),
                 seed_of(stage.seed, "reply", place), stage.temperature, stage.max_new_tokens, tools=row.tools,
             )
             for place, row in enumerate(prompts)
         ]  # fmt: skip
-        return work.say(f"answers of {self.label}" + (" to a few-shot prompt" if shots else ""), self, asks)
 
     def samples(self, prompts: Sequence[PromptRow]) -> list[Answer]:
         """A completion of each prompt, drawn at temperature 1; with the prompt, as token ids."""
@@ -111,6 +118,23 @@ class Subject:
         key = key_of(self.name, [[list(prompt), list(answer)] for prompt, answer in rows])
         name = f"logps_{self.label}_{what}".replace(" ", "_")
         return self.parts.get(name, key, lambda: shared(self.context.runtime, rows, read))
+
+    def lm_eval(self, task: str) -> dict[str, Any]:
+        """Figures of one of lm-eval's tasks; the first rank asks, for lm-eval tells no other."""
+        this = self.context.runtime
+
+        def ask() -> dict[str, Any]:
+            if this.is_main:
+                say(f"{self.context.stage_name}: {self.label} does lm-eval's {task}")
+            model, tokenizer = self._speaker.model, self.template.tokenizer
+            return from_main(
+                harness.task_figures(model, tokenizer, task, batch_size=self.stage.batch_size) if this.is_main else None
+            )
+
+        made_of = digest_file(Path(task)) if harness.is_file(task) else harness.version()
+        key = key_of(self.name, self.template.digest, task, made_of)
+        name = digest_value(task)[:12]
+        return dict(self.parts.get(f"lm_eval_{self.label}_{name}", key, ask))
 
     def pairs(self) -> Prepared:
         """`data.preferences` as this model's tokens."""

@@ -152,7 +152,7 @@ def _add_callbacks(session: Session, trainer: PPOTrainer) -> UpdateEnd:
     if not len(held_out):
         say("ppo: no prompt is held out, so samples are of prompts that are trained on", active=context.runtime.is_main)
     samples = HeldOutSamples(trainer, rows, context.stage_dir / SAMPLES)
-    end = UpdateEnd(trainer, samples, session.wandb_run, session.resume_from)
+    end = UpdateEnd(trainer, samples, session.wandb_run, session.resume_from, session.best)
     trainer.stop = session.stop
     session.stop.every = trainer.steps_per_update
     trainer.add_callback(session.stop)
@@ -162,7 +162,7 @@ def _add_callbacks(session: Session, trainer: PPOTrainer) -> UpdateEnd:
     if context.runtime.is_main:
         first = trainer.first_update
         trainer.add_callback(UpdateReport(context.stage_name, trainer.updates, first, session.log, session.wandb_run))
-    trainer.add_callback(StopAtNaN(context.stage_name))
+    trainer.add_callback(StopAtNaN(context.stage_name, session.wandb_run.alert))
     return end
 
 
@@ -186,16 +186,22 @@ def _train(session: Session, trainer: PPOTrainer, end: UpdateEnd) -> None:
         _train_no_further(trainer)
     with STOP.held():
         run_trainer(session, trainer)
-    if end.stopped_by is None:
+    if end.stopped_by is None and not trainer.settings.keep_best:
         return
     active, best = session.context.runtime.is_main, trainer.best_checkpoint
     if best is None:
-        say("ppo: stopped by a guard before any checkpoint; the policy is kept as it is", active=active)
+        say("ppo: no checkpoint is the best so far; the policy is kept as it is", active=active)
         return
-    trainer.load_weights(best)
-    trainer.start_average(best)
-    end.keep(checkpoint_step(best) // trainer.steps_per_update)
-    say(f"ppo: stopped by a guard; the policy is that of {best.name}, the best before", active=active)
+    if checkpoint_step(best) != trainer.state.global_step:
+        trainer.load_weights(best)
+        trainer.start_average(best)
+    update = checkpoint_step(best) // trainer.steps_per_update
+    end.keep(update)
+    how = f"the policy is that of {best.name}, the best before"
+    if session.best is not None and trainer.settings.keep_best:
+        session.kept_step = update
+        how = f"the policy is that of update {update}, where {session.best.where()}: {trainer.state.best_metric:.4f}"
+    say(f"ppo: {how if end.stopped_by is None else f'stopped by a guard; {how}'}", active=active)
 
 
 def _train_no_further(trainer: PPOTrainer) -> None:

@@ -11,23 +11,26 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from align import artifacts
 from align.artifacts import Manifest
+from align.config.best import asked_for
 from align.config.errors import UserError
 from align.config.schema import PeftMethod, PPOStage, StageConfig
 from align.data.encoded import largest_token
 from align.data.prepare import Prepared
 from align.data.template import Template
 from align.distributed import elastic, runtime, zero
+from align.distributed.peak import Peak
 from align.models import load
 from align.models.peft import add_adapter
 from align.models.reward import load_reward_model
 from align.stages.context import RunContext, plain
 from align.stages.rows import load_template, prepare_rows, report_rows
-from align.stages.sharding import session_choice
+from align.stages.sharding import planned_bytes, session_choice
 from align.tracking.local import MetricsLog
 from align.tracking.progress import say
 from align.tracking.wandb_run import WandbRun
 from align.trainers import checkpoints
 from align.trainers.arguments import Machine, trainer_arguments
+from align.trainers.best import Best, HeldOutGuard
 from align.trainers.callbacks import Report, StopAtNaN
 from align.trainers.quiet import quiet_libraries
 from align.trainers.stopping import StopTogether
@@ -52,6 +55,12 @@ class Session:
     callbacks: list[Any] = field(default_factory=list)
     elastic: bool = False
     """The checkpoint to go on from is a ZeRO checkpoint of another number of ranks."""
+    best: Best | None = None
+    """With keep_best or stop_after."""
+    peak: Peak | None = None
+    """Counts what memory the stage takes."""
+    planned_bytes: float = 0.0
+    """What it was expected to take of a device; 0: that could not be counted."""
     kept_step: int | None = None
     """With keep_best: the step whose weights are the policy."""
 
@@ -127,16 +136,19 @@ def open_session(stage: StageConfig, context: RunContext) -> Session:
         context, stage, template.tokenizer, template, prepared, machine, zero_stage, None,
         MetricsLog(context.stage_dir / "metrics.jsonl"), wandb_run, inputs, StopTogether(context.stage_name),
     )  # fmt: skip
+    session.peak, session.planned_bytes = Peak.begin(run.device), planned_bytes(context, prepared, zero_stage)
     session.resume_from = _checkpoint_to_resume(session)
     session.callbacks = [session.stop, checkpoints.SealCheckpoint(run.is_main, _identity(session))]
-    if stage.keep_best:
-        if not len(prepared.held_out):
-            key = f"stages.{context.stage_name}.keep_best"
-            raise UserError(f"{key}=true: no row is held out to judge by; raise data.held_out_fraction")
-        session.callbacks.append(checkpoints.KeepBest())
+    if asked_for(stage):
+        session.best = Best(context.stage_name, stage, active=run.is_main, alert=wandb_run.alert)
+        if not len(prepared.held_out) and not isinstance(stage, PPOStage):
+            key = f"stages.{context.stage_name}.{'keep_best=true' if stage.keep_best else 'stop_after'}"
+            raise UserError(f"{key}: no row is held out to judge by; raise data.held_out_fraction")
+        session.callbacks.append(session.best)
     if run.is_main:
-        session.callbacks.append(Report(context.stage_name, session.log, wandb_run))
-    session.callbacks.append(StopAtNaN(context.stage_name))
+        session.callbacks.append(Report(context.stage_name, session.log, wandb_run, session.best))
+        session.callbacks.append(HeldOutGuard(context.stage_name, wandb_run.alert))
+    session.callbacks.append(StopAtNaN(context.stage_name, wandb_run.alert))
     return session
 
 

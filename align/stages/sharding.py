@@ -51,6 +51,17 @@ def session_choice(context: RunContext, prepared: Prepared) -> Choice:
     return choice
 
 
+def planned_bytes(context: RunContext, prepared: Prepared, zero_stage: int | None) -> float:
+    """What `do=plan` says that a rank takes of its device at most; 0 where that cannot be counted."""
+    config, run, name = context.config, context.runtime, context.stage_name
+    offload = zero_stage is not None and config.deepspeed.offload is Offload.cpu
+    setup = Setup(config, name, rows_of(getattr(config.stages, name), prepared), this_target(config, run))
+    try:
+        return worst(setup, Sharding(zero_stage, offload, run.world_size)).peak
+    except UserError:
+        return 0.0
+
+
 def choose_sharding(setup: Setup) -> Choice:
     """The choice of `zero.choose` for a stage, by all that it takes."""
     target = setup.target

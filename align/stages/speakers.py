@@ -1,5 +1,7 @@
 """The models of the constitutional stage, by its config: in this process (Hugging Face, vLLM), or behind a server."""
 
+from collections.abc import Mapping
+
 import torch
 
 from align.config.errors import UserError
@@ -47,11 +49,16 @@ def check_speaker(config: SpeakerConfig, key: str, *, needed: bool = True) -> No
         raise UserError(f"{key}.model=tiny-untrained has no weights for vLLM to read; use {key}.backend=hf")
 
 
+def check_device(config: SpeakerConfig, key: str, device: str, temperatures: Mapping[str, float] | None = None) -> None:
+    """Raises: UserError for a model of vLLM where vLLM or its GPU is missing. Loads nothing."""
+    if config.backend is SpeakerBackend.vllm:
+        _setting(key).check(device=device, temperatures=temperatures or {})
+
+
 def load_speakers(stage: ConstitutionalStage, context: RunContext) -> dict[str, Speaker]:
     """Role -> its model; roles with equal settings share one. On every rank: each has a copy of local models."""
-    for role in _engines(stage):
-        setting = _setting(f"stages.constitutional.{role}")
-        setting.check(device=context.runtime.device, temperatures=_temperatures(stage))
+    for role, config in _engines(stage).items():
+        check_device(config, f"stages.constitutional.{role}", context.runtime.device, _temperatures(stage))
     made: list[tuple[SpeakerConfig, Speaker]] = []
     speakers = {}
     for role, config in speaker_configs(stage).items():

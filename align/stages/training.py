@@ -1,6 +1,6 @@
 """Train, judge before and after, save, sign."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from itertools import pairwise
 from typing import Any
 
@@ -11,6 +11,7 @@ from align import artifacts
 from align.artifacts import Manifest
 from align.config.schema import PeftMethod
 from align.distributed import runtime
+from align.stages.best import SAMPLES, Measures, measures
 from align.stages.context import stage_record
 from align.stages.saving import ADAPTER, POLICY, save_model
 from align.stages.session import Session
@@ -64,24 +65,40 @@ def run_trainer(session: Session, trainer: SurvivingTrainer) -> None:
         main=context.runtime.is_main,
         describe=lambda row: _text(session, trainer.train_rows[row]),
         last_good=lambda: newest_sealed(session.checkpoint_dir)[0],
+        alert=session.wandb_run.alert,
     )
+    if (asked := measures(session)) is not None:
+        trainer.measure = _measure(session, trainer, asked)
     if session.elastic:
         trainer.add_callback(MendElastic(trainer, session.resume_from))
     trainer.train(resume_from_checkpoint=str(session.resume_from) if session.resume_from else None)
     session.stop.end(trainer.state.global_step)
 
 
+def _measure(session: Session, trainer: SurvivingTrainer, asked: Measures) -> Callable[[], dict[str, float]]:
+    """What the trainer asks at each evaluation. A signal that comes meanwhile breaks it off."""
+
+    def pause() -> None:
+        session.stop.on_prediction_step(trainer.args, trainer.state, trainer.control)
+
+    return asked.of(trainer, lambda: trainer.state.global_step, pause)
+
+
 def _take_best(session: Session, trainer: SurvivingTrainer) -> None:
     """Put the weights of the best evaluation in place of the last ones, if they are others."""
     state, active, name = trainer.state, session.context.runtime.is_main, session.context.stage_name
+    assert session.best is not None
     if state.best_model_checkpoint is None:
-        say(f"{name}: no held-out loss was finite; the policy is that of the last step", active=active)
+        say(
+            f"{name}: {session.best.figure.words} never was a number; the policy is that of the last step",
+            active=active,
+        )
         return
     session.kept_step = state.best_global_step
     if session.kept_step != state.global_step:
         trainer._load_best_model()
     say(
-        f"{name}: the policy is that of step {session.kept_step}, where the held-out loss was lowest: "
+        f"{name}: the policy is that of step {session.kept_step}, where {session.best.where()}: "
         f"{state.best_metric:.4f}",
         active=active,
     )
@@ -114,8 +131,12 @@ def _judged_at_end(session: Session, trainer: Trainer) -> bool:
 def _manifest(session: Session, steps: int, outputs: list[str], figures: Mapping[str, float]) -> Manifest:
     context, report = session.context, session.prepared.report
     names = outputs if context.config.peft.method is PeftMethod.none else [*outputs, ADAPTER]
+    if SAMPLES not in names and (context.stage_dir / SAMPLES).is_file():
+        names = [*names, SAMPLES]
     record = stage_record(context.config, context.stage_name, context.run_dir)
     kept = {} if session.kept_step is None else {"kept_step": float(session.kept_step)}
+    if session.best is not None and session.best.stopped:
+        kept["stopped_early"] = 1.0
     manifest = Manifest(
         stage=context.stage_name,
         config=record,
@@ -127,12 +148,21 @@ def _manifest(session: Session, steps: int, outputs: list[str], figures: Mapping
         seed=session.stage.seed,
         world_size=session.machine.world_size,
         zero_stage=session.zero_stage,
+        memory=_memory(session),
         template_digest=session.template.digest,
     )
     if context.runtime.is_main:
         write_model_cards(context.stage_dir, manifest, context.run_dir)
         manifest.outputs = artifacts.list_outputs(context.stage_dir, names)
     return manifest
+
+
+def _memory(session: Session) -> dict[str, float]:
+    """Planned and taken, of the rank that took most. On every rank."""
+    assert session.peak is not None
+    of_ranks = runtime.gather(session.peak.taken())
+    most = {name: max(taken[name] for taken in of_ranks) for name in of_ranks[0]}
+    return most | ({"planned_bytes": session.planned_bytes} if session.planned_bytes else {})
 
 
 def before_and_after(log: MetricsLog, kept_step: int | None = None) -> dict[str, float]:

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from align.tracking.page import Html, html, page, table
+from align.tracking.page import Figure, Html, html, page, table
 from align.tracking.reward_page import reliability_plot
 
 Figures = Mapping[str, Any]
@@ -28,7 +28,13 @@ def evaluate_page(numbers: Figures, samples: Sequence[Figures], title: str) -> s
     parts += map(_verdict, numbers["verdict"])
     parts.append(f'<p class="soft">{numbers["prompts"]:,} prompts; baseline: {html(baseline)}</p>')
     sections = [_wins(models), _judges(models), _oracle(numbers["oracle"]), _refusals(models), _cost(models)]
-    sections += [_pairs(models, numbers["reliability"]), _tasks(models), _diversity(models), _samples(samples)]
+    sections += [
+        _pairs(models, numbers["reliability"]),
+        _tasks(models),
+        _lm_eval(models),
+        _diversity(models),
+        _samples(samples),
+    ]
     return page(title, "\n".join([*parts, *filter(None, sections)]), STYLE)
 
 
@@ -186,8 +192,28 @@ def _tasks(models: Figures) -> str:
             became = figures.get("change")
             moved = _try(_interval("{:+.3f}", "change", "difference"), figures) if became else ""
             rows.append([path, name, "\N{EN DASH}" if right is None else f"{right:.1%}", moved])
+    body = table(["file", "model", "right", "change"], rows) if rows else ""
     text = "Exact match, or prompts whose every instruction was followed; the change is against the baseline, paired."
-    return _section("Tasks", text, table(["file", "model", "right", "change"], rows) if rows else "")
+    return _section("Tasks", text, body)
+
+
+def _lm_eval(models: Figures) -> str:
+    rows = []
+    for name, one in models.items():
+        for task, figures in one.get("lm_eval", {}).items():
+            for metric, figure in figures.items():
+                if metric != "documents" and not metric.endswith(" change"):
+                    mean = f"{figure['mean']:.4g}"
+                    moved = (
+                        _try(_interval("{:+.3f}", f"{metric} change"), figures) if f"{metric} change" in figures else ""
+                    )
+                    between = f"[{figure['low']:.4g}, {figure['high']:.4g}]" if "low" in figure else ""
+                    rows.append([task, metric, name, Figure(mean), between, moved, figures["documents"]])
+    header = ["task", "figure", "model", "value", "95 %", "change", "documents"]
+    text = (
+        "lm-eval's own figures, put to each model as its tasks write them; the change is against the baseline, paired."
+    )
+    return _section("lm-eval", text, table(header, sorted(rows, key=lambda row: row[:2])) if rows else "")
 
 
 def _diversity(models: Figures) -> str:

@@ -9,6 +9,8 @@ from statistics import median
 from typing import Any, NamedTuple
 
 from align.artifacts import Manifest
+from align.config.best import FIGURES
+from align.config.schema import BestBy
 from align.tracking.curves import Point
 from align.tracking.run_folder import RunFolder, StageFolder
 
@@ -75,6 +77,27 @@ CURVES = (
         {"chosen": ("logps/chosen",), "rejected": ("logps/rejected",)},
         "Of whole answers. Both falling together is a common way for DPO to go wrong.",
     ),
+    Curve(
+        "Win rate against the baseline",
+        "share",
+        {"as it is": ("eval_win_rate",), "at equal length": ("eval_win_rate_at_equal_length",)},
+        "By the judge of best_by, on the same few prompts; 0.5 is no better than the baseline.",
+    ),
+    Curve(
+        "By the oracle",
+        "share",
+        {"helpful": ("eval_helpful",), "unsafe complied": ("eval_unsafe_complied",), "garbled": ("eval_garbled",)},
+        "Replies to the same few prompts, by the rules of the embedded world.",
+        True,
+    ),
+    Curve(
+        "Refusals",
+        "share",
+        {"of unsafe prompts": ("eval_unsafe_refused",), "of safe prompts": ("eval_safe_refused",)},
+        "On the same few prompts, by a pattern of English words.",
+        True,
+    ),
+    Curve("Text", "nats a word", {"held out": ("eval_text_loss",)}, "Rises where the model forgets plain text."),
     Curve("Length", "tokens a completion", {"tokens": ("completion/tokens",)}, "Mean of what is sampled.", True),
     Curve(
         "Entropy",
@@ -127,6 +150,11 @@ CHANGES = (
     ("tokens a completion", ("completion/tokens",), "{:.1f}"),
     ("completions without an end", ("completion/unfinished",), "{:.1%}"),
     ("entropy, nats a token", ("policy/entropy", "entropy"), "{:.3f}"),
+    *(
+        (f"{by.value} (best_by)", (by.value,), "{:.3f}")
+        for by, one in FIGURES.items()
+        if one.needs and by is not BestBy.entropy
+    ),
 )
 
 

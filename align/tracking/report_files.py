@@ -7,10 +7,11 @@ from align import artifacts
 from align.config.errors import UserError
 from align.tracking.compare_page import compare_page
 from align.tracking.progress import say
+from align.tracking.ranking import labels, ranking
 from align.tracking.report_page import report_page
 from align.tracking.run_folder import RunFolder, read_run
 
-REPORT = "report.html"
+REPORT, SWEEP_REPORT = "report.html", "sweep_report.html"
 
 
 def write_report(runs: Sequence[RunFolder], path: Path) -> None:
@@ -30,3 +31,15 @@ def leave_report(run_dir: Path) -> None:
         write_report([read_run(run_dir)], run_dir / REPORT)
     except Exception as error:
         say(f"WARN {run_dir / REPORT} was not written: {type(error).__name__}: {error}")
+
+
+def leave_comparison(folders: Sequence[Path], path: Path) -> list[str]:
+    """Write the page of a sweep's members and return their ranking as text. As `leave_report`, it fails nothing."""
+    try:
+        runs = [read_run(folder) for folder in folders]
+        write_report(runs, path)
+        found = ranking(runs)
+    except Exception as error:
+        say(f"WARN {path} was not written: {type(error).__name__}: {error}")
+        return []
+    return [*([] if found is None else found.lines(labels(runs))), f"report   {path}"]

@@ -5,6 +5,7 @@ from html import escape
 
 import yaml
 
+from align.distributed.memory import size_words
 from align.tracking import curves
 from align.tracking.lineage import SHOWN_DIGITS, Node, lineage
 from align.tracking.page import Figure, Html, html, page, table
@@ -79,7 +80,7 @@ def report_page(run: RunFolder) -> str:
         ("Samples", [*reply_samples(run.evaluated), *(part for s in run.stages for part in update_samples(s))]),
         ("Rows", _rows(run)),
         ("Other figures", _others(run)),
-        ("Measured speed", _speed(run)),
+        ("Memory and speed", _speed(run)),
         ("Commands", _commands(run)),
         ("Settings", _settings(run)),
         ("Versions", _versions(run)),
@@ -91,14 +92,14 @@ def report_page(run: RunFolder) -> str:
     return framed(f"{run.name}: report", top, sections)
 
 
-def framed(title: str, top: Sequence[str], sections: Sequence[tuple[str, Sequence[str]]]) -> str:
-    """A page of titled sections with links to each; those without content are left out."""
+def framed(title: str, top: Sequence[str], sections: Sequence[tuple[str, Sequence[str]]], style: str = "") -> str:
+    """A page of titled sections with links to each; those without content are left out. style: rules of its own."""
     filled = [(name, parts) for name, parts in sections if parts]
     links = "".join(f'<a href="#{_anchor(name)}">{html(name)}</a>' for name, _ in filled)
     body = [*top, f"<nav>{links}</nav>"]
     for name, parts in filled:
         body += [f'<h2 id="{_anchor(name)}">{html(name)}</h2>', *parts]
-    return page(title, "\n".join(body), STYLE)
+    return page(title, "\n".join(body), STYLE + style)
 
 
 def _anchor(name: str) -> str:
@@ -245,20 +246,29 @@ def _rows(run: RunFolder) -> list[str]:
 
 
 def _speed(run: RunFolder) -> list[str]:
-    rows = [
-        [
-            stage.name,
-            round(measured),
-            stage.manifest.steps,
-            stage.manifest.world_size,
-            "none" if stage.manifest.zero_stage is None else f"ZeRO-{stage.manifest.zero_stage}",
-        ]
-        for stage in run.stages
-        if (measured := speed(stage)) is not None
-    ]
+    """What each stage took, beside what do=plan counts for it."""
+    rows = []
+    for stage in run.stages:
+        manifest, measured = stage.manifest, speed(stage)
+        if measured is None and not manifest.memory:
+            continue
+        sharding = "none" if manifest.zero_stage is None else f"ZeRO-{manifest.zero_stage}"
+        sizes = [_size(manifest.memory.get(key)) for key in ("planned_bytes", "peak_bytes", "host_bytes")]
+        rate = Figure("\N{EN DASH}" if measured is None else f"{round(measured):,}")
+        rows.append([stage.name, rate, manifest.steps, manifest.world_size, sharding, *sizes])
     if not rows:
         return []
-    return [table(["stage", "tokens a second, median", "steps", "ranks", "sharding"], rows)]
+    says = (
+        "Memory of the rank that took most. Planned: of its device, by the formulas of do=plan. Taken: on a GPU what "
+        "torch had allocated at most; on a CPU what main memory grew by from the start of the stage, libraries that "
+        "were loaded meanwhile included. Speed is measured only; do=plan foresees none."
+    )
+    headers = ["stage", "tokens a second, median", "steps", "ranks", "sharding", "planned", "taken", "whole process"]
+    return [f'<p class="soft">{says}</p>', table(headers, rows)]
+
+
+def _size(size: float | None) -> Figure:
+    return Figure("\N{EN DASH}" if not size else size_words(size))
 
 
 def _commands(run: RunFolder) -> list[str]:

@@ -22,7 +22,7 @@ def reply_samples(evaluated: StageFolder | None) -> list[str]:
 
 
 def update_samples(stage: StageFolder) -> list[str]:
-    """The prompts that PPO answered at several updates: the first, the last and some between."""
+    """The prompts that were answered at several moments of training: the first, the last and some between."""
     taken = [line for line in stage.samples if "step" in line and "completion" in line]
     if not taken:
         return []
@@ -30,17 +30,18 @@ def update_samples(stage: StageFolder) -> list[str]:
     by_place: dict[Any, dict[int, Mapping[str, Any]]] = {}
     for line in taken:
         by_place.setdefault(line.get("place", str(line["prompt"])), {})[line["step"]] = line
-    parts = [f"<h3>{html(stage.name)}: the same prompts by update</h3>"]
+    unit = "update" if stage.name == "ppo" else "step"
+    parts = [f"<h3>{html(stage.name)}: the same prompts by {unit}</h3>"]
     for answers in _spread(list(by_place.values()), MOST_PROMPTS // 2):
-        shown = {_moment(step, answers[step]): answers[step]["completion"] for step in steps if step in answers}
+        shown = {_moment(step, answers[step], unit): answers[step]["completion"] for step in steps if step in answers}
         parts.append(_sample(next(iter(answers.values()))["prompt"], shown))
     return parts
 
 
-def _moment(step: int, line: Mapping[str, Any]) -> str:
+def _moment(step: int, line: Mapping[str, Any], unit: str) -> str:
     score = line.get("score")
     scored = f", score {score:+.2f}".replace("-", "\N{MINUS SIGN}") if isinstance(score, int | float) else ""
-    return ("before training" if step == 0 else f"update {step:,}") + scored
+    return ("before training" if step == 0 else f"{unit} {step:,}") + scored
 
 
 def _spread(items: Sequence[Any], most: int) -> list[Any]:

@@ -14,8 +14,8 @@ from typing import Any
 from align import artifacts
 from align.config.errors import UserError
 from align.config.schema import LogConfig
-from align.tracking.compare_page import labels, settings_that_differ
 from align.tracking.lineage import lineage, tree_text
+from align.tracking.ranking import labels, ranking, settings_that_differ
 from align.tracking.report_figures import (
     CURVES,
     ORACLE,
@@ -102,6 +102,7 @@ def build_report(wr: ModuleType, log: LogConfig, runs: Sequence[RunFolder], *, e
     blocks += _comparison(wr, log, runs, entity)
     blocks += [wr.H1("Figures"), wr.MarkdownBlock(_figures(runs, names))]
     if len(runs) > 1:
+        blocks += _ranked(wr, runs, names)
         blocks += [wr.H1("Settings that differ"), wr.MarkdownBlock(_settings(runs, names))]
     for name in dict.fromkeys(stage.name for run in runs for stage in run.stages):
         blocks += _stage_blocks(wr, log, [s for run in runs for s in run.stages if s.name == name], entity)
@@ -116,6 +117,19 @@ def build_report(wr: ModuleType, log: LogConfig, runs: Sequence[RunFolder], *, e
     return wr.Report(
         project=log.project, entity=entity, title=title[:MOST_TITLE], description=said, blocks=blocks, width="fluid"
     )
+
+
+def _ranked(wr: ModuleType, runs: Sequence[RunFolder], names: Sequence[str]) -> list[Any]:
+    """The runs in order, the best first, each with its settings that differ."""
+    found = ranking(runs)
+    if found is None:
+        return []
+    rows = [
+        [names[at], shown(found.values[at], "{:.4g}"), *(f"`{values[at]}`" for values in found.settings.values())]
+        for at in found.places[:MOST_ROWS]
+    ]
+    header = ["run", found.figure, *(f"`{key}`" for key in found.settings)]
+    return [wr.H1("Ranking"), wr.MarkdownBlock(_table(header, rows))]
 
 
 def run_ids(stage: StageFolder) -> list[str]:

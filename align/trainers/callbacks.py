@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections.abc import Callable
 from typing import Any
 
 from transformers import TrainerCallback
@@ -10,6 +11,7 @@ from align.config.errors import UserError
 from align.tracking.local import MetricsLog
 from align.tracking.progress import Progress, say
 from align.tracking.wandb_run import WandbRun
+from align.trainers.best import Best
 
 END_OF_TRAINING = "train_loss"
 LEFT_OUT = ("step", "total_flos", "train_runtime", "train_tokens_per_second")
@@ -18,8 +20,8 @@ LEFT_OUT = ("step", "total_flos", "train_runtime", "train_tokens_per_second")
 class Report(TrainerCallback):
     """Every logged step goes to metrics.jsonl, to wandb and to the live line. Added on rank 0 only."""
 
-    def __init__(self, stage: str, log: MetricsLog, wandb_run: WandbRun) -> None:
-        self.stage, self.log, self.wandb_run = stage, log, wandb_run
+    def __init__(self, stage: str, log: MetricsLog, wandb_run: WandbRun, best: Best | None = None) -> None:
+        self.stage, self.log, self.wandb_run, self.best = stage, log, wandb_run, best
         self.training: Progress | None = None
         self.judging: Progress | None = None
         self.judged = 0
@@ -63,7 +65,7 @@ class Report(TrainerCallback):
     def on_evaluate(self, args, state, control, metrics=None, **kwargs):
         self.judging = None
         moment = f"after step {state.global_step}" if state.global_step else "before the first step"
-        say(f"{self.stage}: {held_out_figures(metrics)} {moment}")
+        say(f"{self.stage}: {held_out_figures(metrics, self.best)} {moment}")
 
     def _tokens_per_second(self, state) -> float:
         """Tokens of the steps since the last line, over the time these steps took, saving and judging left out."""
@@ -75,22 +77,26 @@ class Report(TrainerCallback):
 class StopAtNaN(TrainerCallback):
     """Ends training, on every rank, when the loss is no number any more: no later step can mend the weights."""
 
-    def __init__(self, stage: str) -> None:
-        self.stage = stage
+    def __init__(self, stage: str, alert: Callable[[str, str], None]) -> None:
+        self.stage, self.alert = stage, alert
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if math.isfinite((logs or {}).get("loss", 0.0)):
             return
+        text = f"the loss is {logs['loss']} at step {state.global_step}; nothing is saved from here on"
+        self.alert(f"{self.stage}: the loss is no number", text)
         raise UserError(
-            f"{self.stage}: the loss is {logs['loss']} at step {state.global_step}; nothing is saved from here on. "
-            f"Lower stages.{self.stage}.learning_rate, or look at the rows with do=check and do=preview"
+            f"{self.stage}: {text}. Lower stages.{self.stage}.learning_rate, or look at the rows with do=check and "
+            "do=preview"
         )
 
 
-def held_out_figures(metrics: dict[str, Any]) -> str:
-    """An evaluation in words: the loss and, of pairs, the reward accuracy."""
+def held_out_figures(metrics: dict[str, Any], best: Best | None = None) -> str:
+    """An evaluation in words: the loss, of pairs the reward accuracy, and the figure of `best_by`."""
     words = f"held-out loss {metrics['eval_loss']:.4f}"
     for name in ("eval_rewards/accuracies", "eval_accuracy"):
         if name in metrics:
             words += f", reward accuracy {metrics[name]:.1%}"
+    if best is not None and best.key in metrics and best.key != "eval_loss":
+        words += f", {best.figure.words.removeprefix('the ')} {metrics[best.key]:.4g}"
     return words

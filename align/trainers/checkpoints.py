@@ -1,7 +1,6 @@
 """Checkpoints that can be trusted: sealed once complete, checked before they are taken up again."""
 
 import json
-import math
 import shutil
 import threading
 from pathlib import Path
@@ -65,27 +64,6 @@ class MendElastic(TrainerCallback):
         runtime.barrier()
         if self.trainer.accelerator.is_main_process:
             elastic.remove_universal(self.checkpoint)
-
-
-class KeepBest(TrainerCallback):
-    """Saves after each evaluation whose held-out loss is the lowest so far; the Trainer keeps that checkpoint.
-
-    The model before the first step does not count.
-    """
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        # The Trainer forgets a folder that is gone, but not how good it was.
-        if state.best_model_checkpoint is None:
-            state.best_metric = None
-
-    def on_evaluate(self, args, state, control, metrics=None, **kwargs):
-        loss = metrics["eval_loss"]
-        if state.global_step == 0 or not math.isfinite(loss):
-            return
-        if state.best_metric is None or loss < state.best_metric:
-            state.best_metric, state.best_global_step = loss, state.global_step
-            state.best_model_checkpoint = str(Path(args.output_dir) / f"checkpoint-{state.global_step}")
-            control.should_save = True
 
 
 def seal(checkpoint: Path, identity: dict) -> None:

@@ -38,10 +38,12 @@ class SkippedSteps:
         main: bool,
         describe: Callable[[int], str],
         last_good: Callable[[], Path | None],
+        alert: Callable[[str, str], None] = lambda title, text: None,
     ):
-        """describe: the text of a training row. resumed_at: lines of later steps are forgotten, they come again."""
+        """describe: the text of a training row. resumed_at: lines of later steps are forgotten, they come again.
+        alert: takes a title and a text."""
         self.stage, self.file, self.limit, self.main = stage, file, limit, main
-        self.describe, self.last_good = describe, last_good
+        self.describe, self.last_good, self.alert = describe, last_good, alert
         known = [line for line in read_metrics(file) if line["step"] <= resumed_at]
         self.count = len(known)
         if main and file.is_file():
@@ -53,7 +55,9 @@ class SkippedSteps:
         what = self._written(step, rows)
         if self.count > self.limit:
             self._end(what, f"stages.{self.stage}.max_nonfinite_steps={self.limit} is spent")
-        say(f"{self.stage}: WARN {what}; skipped, {self.count} of {self.limit} allowed", active=self.main)
+        said = f"{what}; skipped, {self.count} of {self.limit} allowed"
+        say(f"{self.stage}: WARN {said}", active=self.main)
+        self.alert(f"{self.stage}: a step was skipped", said)
 
     def refuse(self, step: int, rows: Sequence[int], why: str) -> None:
         """A step could not be skipped. Call it on every rank. Raises: UserError."""
@@ -71,6 +75,7 @@ class SkippedSteps:
     def _end(self, what: str, why: str) -> None:
         good = self.last_good()
         left = f"the last good checkpoint is {good}" if good else "there is no checkpoint yet"
+        self.alert(f"{self.stage}: ended by steps that are not finite", f"{what}; {why}")
         raise UserError(
             f"{self.stage}: {what}; {why}, so nothing is saved from here on; {left}. "
             f"Lower stages.{self.stage}.learning_rate, or look at the rows with do=preview"

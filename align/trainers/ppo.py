@@ -24,7 +24,7 @@ from align.config.rewards import parse_rewards
 from align.config.schema import Advantage, KLController, KLEstimator, KLPlace, Layout, PPOStage
 from align.data.forest import Tree, lay_out
 from align.data.template import Template
-from align.distributed import runtime, zero
+from align.distributed import runtime
 from align.generation import rollout
 from align.generation.checkpoint_weights import checkpoint_weights
 from align.generation.rollout import Completion
@@ -43,6 +43,7 @@ from align.trainers.nonfinite import poisoned
 from align.trainers.stopping import StopTogether
 from align.trainers.surviving import SurvivingTrainer
 from align.trainers.trees import turn_dropout_off
+from align.trainers.whole import gathered
 
 STATE = "ppo.json"
 WEIGHTS = "model.safetensors"
@@ -165,7 +166,7 @@ class PPOTrainer(SurvivingTrainer):
         self.model_wrapped.eval()
         with contextlib.ExitStack() as stack:
             policy = stack.enter_context(self.inner.generating())
-            stack.enter_context(_gathered(self.model_wrapped, policy))
+            stack.enter_context(gathered(self.model_wrapped, policy))
             stack.enter_context(self.accelerator.autocast())
             yield policy
 
@@ -521,17 +522,3 @@ def _value_loss(
         return seen["returns"].new_zeros(()), torch.zeros_like(seen["returns"], dtype=torch.bool)
     losses, clipped = clipped_value_loss(values[trained], seen["old_values"], seen["returns"], clip=settings.value_clip)
     return losses.sum(), clipped
-
-
-@contextlib.contextmanager
-def _gathered(engine: nn.Module, policy: nn.Module) -> Iterator[None]:
-    """Inside, ZeRO-3's parameters of the policy are whole and its hooks are off: one gathering for a whole rollout."""
-    if not any(hasattr(parameter, "ds_id") for parameter in policy.parameters()):
-        yield
-        return
-    from trl.models.utils import add_hooks, remove_hooks
-
-    with zero.gathered(list(policy.parameters())):
-        remove_hooks(engine)
-        yield
-        add_hooks(engine)

@@ -1,5 +1,6 @@
 """What happens between the updates of PPO: figures, guards, samples, checkpoints, and what a person sees of it."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from align.distributed import runtime
 from align.tracking.local import MetricsLog
 from align.tracking.progress import Progress, say
 from align.tracking.wandb_run import WandbRun
+from align.trainers.best import Best
 from align.trainers.ppo import PPOTrainer
 from align.trainers.reward_sources import ModelReward
 from align.trainers.samples import HeldOutSamples, keep_until, means, read_samples
@@ -21,8 +23,16 @@ IN_MANIFEST = ("reward/score", "reward/total", "kl/nats_per_completion", "kl/nat
 class UpdateEnd(TrainerCallback):
     """Ends an update after its last optimizer step: figures, guards, samples, best checkpoint. On every rank."""
 
-    def __init__(self, trainer: PPOTrainer, samples: HeldOutSamples | None, wandb_run: WandbRun, resumed: Path | None):
+    def __init__(
+        self,
+        trainer: PPOTrainer,
+        samples: HeldOutSamples | None,
+        wandb_run: WandbRun,
+        resumed: Path | None,
+        best: Best | None = None,
+    ):
         self.trainer, self.samples, self.wandb_run, self.resumed = trainer, samples, wandb_run, resumed
+        self.best = best
         # With what a checkpoint knows: the alarm that stopped a run, if it was interrupted after that.
         stops = (line["text"] for line in trainer.guards.raised if Guard(line["guard"]) in trainer.settings.stop_on)
         self.stopped_by: str | None = next(stops, None)
@@ -61,9 +71,14 @@ class UpdateEnd(TrainerCallback):
                 self.stopped_by = alarm.text
                 control.should_training_stop = control.should_save = True
         every = trainer.settings.sample_every
-        if self.samples is not None and (last or self.stopped_by or (every and update % every == 0)):
+        sampled = self.samples is not None and (last or self.stopped_by or (every and update % every == 0))
+        if sampled:
             figures |= self._take_samples(update)
+            if trainer.measure is not None:
+                figures |= {f"eval_{name}": value for name, value in trainer.measure().items()}
         trainer.log(figures)
+        if sampled and self.best is not None:
+            self.best.judge(args, state, control, figures, update)
         self.since_saved.append(figures["objective"])
         if control.should_save:
             self._remember_best(args, state)
@@ -90,7 +105,8 @@ class UpdateEnd(TrainerCallback):
         for moment, means_of_moment in (("before", sampled[:1]), ("after", sampled[-1:])):
             for name, value in means_of_moment[0].items() if means_of_moment else ():
                 found[f"{moment}/{name}"] = value
-        return found
+        measured = [line for line in self.trainer.state.log_history if line["step"] <= kept and _measured(line)]
+        return found | {f"after/{name}": value for line in measured[-1:] for name, value in _measured(line).items()}
 
     def _take_samples(self, update: int) -> dict[str, float]:
         lines, figures = self.samples.take(update)
@@ -103,9 +119,15 @@ class UpdateEnd(TrainerCallback):
         the Trainer keeps the best one when it removes old ones."""
         objective = sum(self.since_saved) / len(self.since_saved)
         self.since_saved = []
+        if self.trainer.settings.keep_best:
+            return  # then `best` says which it is
         if self.stopped_by is None and (state.best_metric is None or objective > state.best_metric):
             state.best_metric, state.best_global_step = objective, state.global_step
             state.best_model_checkpoint = str(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+
+
+def _measured(line: Mapping[str, Any]) -> dict[str, float]:
+    return {key.removeprefix("eval_"): value for key, value in line.items() if key.startswith("eval_")}
 
 
 class KeepState(TrainerCallback):

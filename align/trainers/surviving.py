@@ -1,16 +1,22 @@
 """What every trainer of this library adds to transformers' own so that a run survives: see docs/reliability.md."""
 
+import contextlib
 import copy
 import math
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import set_seed
+from transformers import PreTrainedModel, set_seed
+from transformers.trainer_utils import EvalLoopOutput
 
 from align.config.errors import Stopped
 from align.distributed import elastic, runtime
+from align.models.actor_critic import cache_on
+from align.models.layout import plain_model
 from align.trainers.nonfinite import SkippedSteps
 from align.trainers.out_of_memory import BatchNamingTrainer
+from align.trainers.whole import gathered
 
 
 class SurvivingTrainer(BatchNamingTrainer):
@@ -21,6 +27,8 @@ class SurvivingTrainer(BatchNamingTrainer):
 
     skipped: SkippedSteps | None = None
     """Set before training; without it a step that is not finite is skipped and nobody hears of it."""
+    measure: Callable[[], dict[str, float]] | None = None
+    """Further figures of the policy as it is, by name, for each evaluation. Set before training; for every rank."""
     _logged_at = _skipped_since = 0
 
     @property
@@ -33,6 +41,27 @@ class SurvivingTrainer(BatchNamingTrainer):
         optimizer = super().create_optimizer(*args, **kwargs)
         self.optimizer_settings = elastic.settings_of(optimizer)
         return optimizer
+
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
+        """The Trainer's, with what is measured of the policy beside the loss on held-out rows."""
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        if self.measure is not None:
+            output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in self.measure().items()})
+        return output
+
+    @contextlib.contextmanager
+    def generating(self) -> Iterator[PreTrainedModel]:
+        """Inside: the policy as it is with whole weights, ready to sample and to be read; ZeRO-3 gathers them once.
+
+        Call it on every rank; inside, each may do something else.
+        """
+        self.model_wrapped.eval()
+        with (
+            cache_on(plain_model(self.model)) as policy,
+            gathered(self.model_wrapped, policy),
+            self.accelerator.autocast(),
+        ):
+            yield policy
 
     # What a subclass adds up over steps, and takes back of one that was skipped.
 

@@ -76,8 +76,6 @@ def test_it_needs_held_out_rows_and_evaluations(tmp_path):
         run_chain(compose_run([*arguments, "data.held_out_fraction=0"]).config)
     with pytest.raises(UserError, match=r"keep_best.*nothing is judged between .* add stages.sft.eval_every=50"):
         compose_run(overrides(tmp_path, "run=[sft]", "stages.sft.keep_best=true"))
-    with pytest.raises(UserError, match=r"stages.ppo.keep_best.*PPO has no held-out loss"):
-        compose_run(["+recipe=ppo", "stages.ppo.keep_best=true"])
 
 
 def test_the_best_checkpoint_outlives_newer_ones_and_two_of_those_stay(tmp_path, monkeypatch):

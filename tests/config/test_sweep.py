@@ -1,9 +1,13 @@
 """`-m`: every combination, each in a folder of its own, checked before the first runs."""
 
+from pathlib import Path
+
 import pytest
 
 from align import cli
 from align.config.errors import UserError
+from align.config.schema import Verb
+from tests.tracking.runs_made import write_dpo
 
 
 @pytest.fixture
@@ -72,3 +76,24 @@ def test_a_member_that_fails_does_not_stop_the_others(monkeypatch, tmp_path, cap
     assert cli.main(["-m", "+recipe=sft", "peft=lora", "peft.r=4,8"]) == 2
     assert started == [4, 8]
     assert "1 failed: peft.r=4" in capsys.readouterr().err
+
+
+def test_a_sweep_ends_in_its_ranking_and_a_page(monkeypatch, tmp_path, capsys):
+    def run(config):
+        if config.do is not Verb.train:
+            return
+        folder = Path(config.run_dir)
+        settings = {"seed": 7, "beta": config.stages.dpo.beta, "policy": "tiny-sft"}
+        write_dpo(folder, settings=settings, metrics={"before/loss": 0.7, "after/loss": config.stages.dpo.beta})
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(cli, "run", run)
+    assert cli.main(["-m", "+recipe=dpo", "run_dir=out", "stages.dpo.beta=0.3,0.1"]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said[1].split() == ["dpo:", "held-out", "loss", "stages.dpo.beta", "run"]
+    assert [line.split()[0] for line in said[2:4]] == ["0.1", "0.3"]
+    assert said[4] == "report   out/sweep_report.html"
+    assert '<path class="way first"' in (tmp_path / "out/sweep_report.html").read_text()
+    capsys.readouterr()
+    assert cli.main(["-m", "+recipe=dpo", "run_dir=out", "stages.dpo.beta=0.3,0.1", "do=plan"]) == 0
+    assert "sweep_report" not in capsys.readouterr().out

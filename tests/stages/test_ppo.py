@@ -26,7 +26,7 @@ from align.stages.ppo_models import Models
 from align.tracking.local import read_metrics
 from align.trainers.guards import Alarm, Guards
 from align.trainers.ppo import PPOTrainer
-from align.trainers.samples import read_samples
+from align.trainers.samples import HeldOutSamples, read_samples
 from tests.stages.runs import write_pairs
 from tests.tracking.wandb_file import read_runs
 
@@ -566,3 +566,39 @@ def test_a_function_that_failed_may_be_mended_and_only_then_changed(own_function
     digests = {one["path"]: one["digest"] for one in read_manifest(tmp_path / "run/ppo").inputs}
     assert digests["own_scores:score"] == hashlib.sha256(mended.encode()).hexdigest()
     assert not (tmp_path / "run/ppo/function_failed").exists()
+
+
+def test_the_policy_of_the_best_samples_is_kept_and_training_ends_when_none_are_better(tmp_path, monkeypatch, rewards):
+    scores = iter([0.0, 0.5, 0.2, 0.9])
+    take = HeldOutSamples.take
+
+    def taken(self, update):
+        lines, figures = take(self, update)
+        return lines, figures | {"samples/score": next(scores)}
+
+    monkeypatch.setattr(HeldOutSamples, "take", taken)
+    kept = {}
+    seal = PPOTrainer.save_state
+
+    def remember(self, folder=None):
+        seal(self, folder)
+        kept[self.update] = {name: tensor.clone() for name, tensor in self.inner.policy.state_dict().items()}
+
+    monkeypatch.setattr(PPOTrainer, "save_state", remember)
+    best = ("stages.ppo.keep_best=true", "stages.ppo.stop_after=1", "stages.ppo.max_steps=4")
+    done = train(tmp_path, *rewards, *best)
+    metrics = read_manifest(done.stage).metrics
+    assert (metrics["updates"], metrics["kept_step"], metrics["stopped_early"]) == (2.0, 1.0, 1.0)
+    assert "stopped at step 2: the score of held-out samples was not better than the 0.5 of step 1" in done.said
+    assert "the policy is that of update 1, where the score of held-out samples was highest: 0.5000" in done.said
+    policy = {name.removeprefix("policy."): tensor for name, tensor in done.state.items() if name.startswith("policy.")}
+    assert policy.keys() == kept[1].keys() and all(torch.equal(policy[name], kept[1][name]) for name in policy)
+
+
+def test_figures_of_evaluate_are_measured_with_the_samples(tmp_path, rewards):
+    by = ("stages.ppo.best_by=win_rate", "stages.ppo.stop_after=9", "best.rows=2", "best.max_new_tokens=8")
+    judge = ("best.judge.kind=function", "best.judge.function=tests.stages.test_ppo:vowels")
+    done = train(tmp_path, *rewards, *by, *judge)
+    rates = [line["eval_win_rate"] for line in read_metrics(done.stage / "metrics.jsonl") if "eval_win_rate" in line]
+    assert len(rates) == 2 and all(0 <= rate <= 1 for rate in rates)
+    assert read_manifest(done.stage).metrics["after/win_rate"] == rates[-1]

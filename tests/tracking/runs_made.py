@@ -71,6 +71,7 @@ def write_sft(run: Path, **given: Any) -> None:
     told = {
         "steps": 10,
         "metrics": SFT,
+        "memory": {"planned_bytes": 1.5 * 2**30, "peak_bytes": 2.0**30, "host_bytes": 2.0 * 2**30},
         "rows": rows,
         "lines": losses(10, 2.0),
         "command": "python -m align +recipe=hand",

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from align.config.errors import UserError
-from align.tracking.compare_page import compare_page, labels, ranked, settings_that_differ
+from align.tracking.compare_page import compare_page
+from align.tracking.ranking import labels, ranked, ranking, settings_that_differ
 from align.tracking.report_figures import model_figures, verdict
 from align.tracking.report_files import REPORT, leave_report, write_report
 from align.tracking.report_page import report_page
@@ -62,7 +63,8 @@ def test_the_tables_hold_the_figures_of_the_manifests(tmp_path):
     assert cells(page, "Rows")[1:3] == [["sft", "1,200", "1,000", "50", "150"], ["dpo", "500", "500", "20", "0"]]
     assert cells(page, "Dropped, by reason")[1:] == [["sft", "too_long", "149"], ["sft", "empty", "1"]]
     # Of the steps 1 to 10 the rates are 100 to 1,000.
-    assert cells(page, "Measured speed")[1] == ["sft", "550", "10", "1", "none"]
+    assert cells(page, "Memory and speed")[1] == ["sft", "550", "10", "1", "none", "1.5 GiB", "1.0 GiB", "2.0 GiB"]
+    assert cells(page, "Memory and speed")[2][-3:] == ["–", "–", "–"]
 
 
 def test_every_number_of_scores_json_is_there_with_its_interval(tmp_path):
@@ -111,7 +113,7 @@ def test_the_command_is_shown_once_for_all_stages_that_it_ran(tmp_path):
 
 
 def test_a_section_with_nothing_in_it_is_left_out(tmp_path):
-    write_sft(tmp_path / "run", command=None, lines=None)
+    write_sft(tmp_path / "run", command=None, lines=None, memory={})
     page = report_page(read_run(tmp_path / "run"))
     headings = re.findall(r"<h2[^>]*>([^<]+)", page)
     assert headings == ["Chain", "Lineage", "Before and after", "Rows", "Settings", "Versions"]
@@ -153,6 +155,18 @@ def test_runs_are_ranked_by_the_first_figure_that_all_have(tmp_path):
     assert cells(compare_page(runs), "Ranking") == [
         ["run", "dpo: held-out loss", "stages.dpo.beta"], ["b", "0.2", "0.3"], ["c", "0.3", "0.2"], ["a", "0.5", "0.1"],
     ]  # fmt: skip
+    page = compare_page(runs)
+    # Upwards on an axis of beta: a (0.1), c (0.2), b (0.3); on that of the loss b (0.2), c, a. b is the strong line.
+    ways = re.findall(r'<path class="(way[^"]*)" d="M70.0 ([\d.]+)L570.0 ([\d.]+)"', page)
+    assert [kind for kind, *_ in ways] == ["way", "way", "way first"]
+    heights = {name: (float(left), float(right)) for name, (_, left, right) in zip("acb", ways, strict=True)}
+    assert heights["a"][0] > heights["c"][0] > heights["b"][0] and heights["a"][1] < heights["c"][1] < heights["b"][1]
+    assert ranking(runs).lines(labels(runs)) == [
+        "dpo: held-out loss  stages.dpo.beta  run",
+        "0.2                 0.3              b",
+        "0.3                 0.2              c",
+        "0.5                 0.1              a",
+    ]
     judged = [run_of(tmp_path / "d"), run_of(tmp_path / "e")]
     assert ranked(judged) == ("evaluated: helpful", [0, 1])
     assert ranked([*runs, *judged])[0] == "dpo: held-out loss"
