@@ -39,7 +39,15 @@ def plain_model(model: nn.Module) -> PreTrainedModel:
     return model
 
 
-def _prompt_learning(model: nn.Module) -> bool:
+def speaking_model(model: nn.Module) -> PreTrainedModel:
+    """What is sampled from: the plain model, which holds an adapter's layers, or with virtual tokens PEFT's wrapping,
+    without which they would be left out and the base would answer."""
+    while hasattr(model, "module"):
+        model = model.module
+    return model if prompt_learning(model) else plain_model(model)
+
+
+def prompt_learning(model: nn.Module) -> bool:
     """Whether a PEFT adapter puts virtual tokens in front of the real ones."""
     while hasattr(model, "module"):
         model = model.module
@@ -80,7 +88,7 @@ def scored_logits(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     positions, width = batch["positions"], batch["input_ids"].shape[1]
     inputs = model_inputs(plain, batch)
     takes_columns = "logits_to_keep" in inspect.signature(type(plain).forward).parameters
-    if not takes_columns or _prompt_learning(model):
+    if not takes_columns or prompt_learning(model):
         # Virtual tokens come first, so real positions are counted from the end.
         logits = model(**inputs).logits[:, -width:]
         return logits.reshape(-1, logits.shape[-1])[positions]
@@ -175,7 +183,7 @@ class _Probe:
 
     def _problem(self, layout: Layout, alone: Tensor, allowed: float) -> str | None:
         """Why `layout` is wrong for the model, or None if it is exact; the model stays attached only if it is."""
-        if _prompt_learning(self.model):
+        if prompt_learning(self.model):
             return "the adapter puts virtual tokens in front of every row"
         before = attach(self.model, layout)
         plain = plain_model(self.model)

@@ -21,7 +21,9 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from align.config.errors import UserError
 from align.config.schema import Order, PretrainStage, SFTStage
 from align.data.fit import NOT_TRAINED
+from align.models.adapters.quantised import is_quantised
 from align.models.layout import FLOOR, ROUNDING_SHARE, plain_model
+from align.models.peft import train_in_fp32
 from align.trainers.nonfinite import poisoned
 from align.trainers.order import ordered_loader, sequence_lengths
 from align.trainers.surviving import SurvivingTrainer
@@ -76,6 +78,8 @@ def build_sft_trainer(
         processing_class=tokenizer,
         callbacks=callbacks,
     )
+    if is_quantised(plain_model(model)):
+        train_in_fp32(model)  # TRL has cast what is trained on 4 bits to bf16, in which small steps are lost
     if arguments.packing:
         trainer.add_callback(ProvePacking(trainer, stage_name))
     return trainer
