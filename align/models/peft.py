@@ -12,12 +12,10 @@ from transformers import PreTrainedModel
 
 from align.config.errors import UserError
 from align.config.schema import AdapterStart, ModelConfig, PeftConfig, PeftMethod
-from align.models.adapters.configs import adapter_config, target_modules
+from align.models.adapters.configs import adapter_config
 from align.models.adapters.quantised import dequantised, is_quantised, quantisation, start_from_rounding
 from align.models.load import load_model
 from align.models.reward import load_reward_model
-
-__all__ = ["add_adapter", "merged_model", "target_modules", "train_in_fp32"]
 
 
 def add_adapter(
@@ -33,7 +31,7 @@ def add_adapter(
     torch.manual_seed(seed)
     config = adapter_config(model, peft, task)
     try:
-        with _quiet_peft():
+        with quiet_peft():
             # ZeRO-3 gathers parameters in one buffer of one dtype, so adapters stay in the base's there.
             adapted = get_peft_model(model, config, autocast_adapter_dtype=not zero3)
     except ValueError as error:
@@ -56,10 +54,10 @@ def train_in_fp32(model: torch.nn.Module) -> None:
 
 
 @contextmanager
-def _quiet_peft() -> Iterator[None]:
-    """Without what PEFT warns of that was chosen here: `r` that AdaLoRA reads under another name, PiSSA on a CPU."""
+def quiet_peft() -> Iterator[None]:
+    """Without PEFT's warnings of what is meant: AdaLoRA's matrices of rank 0, and ranks under names it knows later."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", category=UserWarning, module="peft")
+        warnings.filterwarnings("ignore", module="peft")
         yield
 
 
@@ -76,4 +74,5 @@ def merged_model(
     load_any = load_reward_model if scores else load_model
     base = load_any(policy, model, torch.float32, seed=seed, quantisation=rounded)
     base = base if rounded is None else dequantised(base)
-    return PeftModel.from_pretrained(base, str(adapter_dir)).merge_and_unload()
+    with quiet_peft():
+        return PeftModel.from_pretrained(base, str(adapter_dir)).merge_and_unload()

@@ -13,6 +13,7 @@ from align.config.adapters import VIRTUAL_TOKENS
 from align.config.schema import Layout, PeftMethod
 from align.distributed import memory, zero
 from align.distributed.memory import Sharding, size_words
+from align.models.layout import plain_model
 from align.tracking.progress import say
 
 START = "adapter_start"
@@ -84,10 +85,10 @@ def write_adapter(model: PeftModel, folder: Path, start: Path, *, main: bool) ->
             shutil.rmtree(start, ignore_errors=True)
 
 
-def write_with_base(model: PeftModel, adapter: Path, folder: Path, finish: Callable[[PreTrainedConfig], None]) -> None:
+def write_with_base(model: nn.Module, adapter: Path, folder: Path, finish: Callable[[PreTrainedConfig], None]) -> None:
     """A folder of base + adapter: the adapter, which names its base, and the config of the whole."""
     shutil.copytree(adapter, folder)
-    base = model.get_base_model()
+    base = plain_model(model)
     finish(base.config)
     base.config.architectures = [type(base).__name__]
     base.config.save_pretrained(folder)

@@ -13,7 +13,7 @@ from align.config.adapters import NOT_MERGED, VIRTUAL_TOKENS
 from align.config.schema import AdapterStart, PeftMethod
 from align.distributed import runtime
 from align.models import load
-from align.models.peft import merged_model
+from align.models.peft import merged_model, quiet_peft
 from align.stages.adapters import START, write_adapter, write_with_base
 from align.stages.context import RunContext
 from align.stages.session import Session
@@ -102,7 +102,8 @@ def _save_adapter(session: Session, trainer: Trainer, adapter: Path, folder: Pat
     if whole_alone:
         write_adapter(model, adapter, context.stage_dir / START, main=context.runtime.is_main)
     else:
-        trainer.save_model(str(adapter))
+        with quiet_peft():
+            trainer.save_model(str(adapter))
     if not context.runtime.is_main:
         return
     for extra in adapter.iterdir():
