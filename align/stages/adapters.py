@@ -20,18 +20,20 @@ START = "adapter_start"
 """PiSSA takes its start out of the base: it is kept, so that the adapter can be saved for the base as it was."""
 
 
-def trained_words(session: Any, model: PeftModel) -> str:
+def trained_words(session: Any, model: nn.Module) -> str:
     """How many parameters are trained, of how many, and the memory that `do=plan` counts for them.
 
     session: an `align.stages.session.Session`.
     """
-    trained, total = model.get_nb_trainable_parameters()
+    trained = sum(_numbers(parameter) for parameter in model.parameters() if parameter.requires_grad)
+    total = sum(map(_numbers, model.parameters()))
     peft, machine = session.context.config.peft, session.machine
     offload = session.context.config.deepspeed.offload.value != "none" and machine.zero is not None
     sharding = Sharding(session.zero_stage, offload, machine.world_size)
     form = memory.form_of(bf16=machine.bf16, deepspeed=machine.zero is not None, adapters=True)
     parts = memory.state_bytes(trained, total - trained, sharding, form)
-    parts["weights"] -= memory.saved_by_rounding(quantised_parameters(model), form, double=peft.double_quantisation)
+    rounded = sum(_numbers(parameter) for parameter in model.parameters() if _is_packed(parameter))
+    parts["weights"] -= memory.saved_by_rounding(rounded, form, double=peft.double_quantisation)
     words = ", ".join(f"{name} {size_words(size)}" for name, size in parts.items())
     return (
         f"peft={peft.method.value} trains {trained:,} of {total:,} parameters ({trained / total:.2%}); "
@@ -60,9 +62,13 @@ def rounding_key(session: Any) -> dict[str, Any]:
     return {"nf4": [peft.double_quantisation, peft.compute_precision.value]}
 
 
-def quantised_parameters(model: nn.Module) -> int:
-    """Numbers that are kept in 4 bits; bitsandbytes packs two of them in one."""
-    return sum(2 * p.numel() for p in model.parameters() if type(p).__name__ == "Params4bit")
+def _numbers(parameter: nn.Parameter) -> int:
+    """How many a parameter holds: whole, where ZeRO-3 has sharded it; two in each byte, where it is in 4 bits."""
+    return getattr(parameter, "ds_numel", parameter.numel()) * (2 if _is_packed(parameter) else 1)
+
+
+def _is_packed(parameter: nn.Parameter) -> bool:
+    return type(parameter).__name__ == "Params4bit"
 
 
 def keep_start(model: PeftModel, folder: Path) -> None:

@@ -18,7 +18,7 @@ from align.data.prepare import Prepared
 from align.data.template import Template
 from align.distributed import elastic, runtime, zero
 from align.models import load
-from align.models.adapters.quantised import quantisation
+from align.models.adapters.quantised import compute_exactly, quantisation
 from align.models.peft import add_adapter
 from align.models.reward import load_reward_model
 from align.stages.adapters import keep_start, trained_words
@@ -89,6 +89,7 @@ class Session:
         load_any = load_reward_model if scores else load.load_model
         rounded = quantisation(config.peft, bf16=self.machine.bf16)
         model = load_any(name, config.model, dtype, seed=self.stage.seed, quantisation=rounded)
+        compute_exactly(model)
         _refuse_unknown_tokens(self, name, model.config.get_text_config().vocab_size)
         model.config.use_cache = False
         return model

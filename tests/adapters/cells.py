@@ -91,7 +91,7 @@ def outcome(cell: Cell, folder: Path, *more: str) -> str:
         refusal = lines[-1]
         assert "Traceback" not in text and re.search(r"peft[=.]", refusal), text
         assert not (folder / "run" / cell.stage / "adapter").exists()
-        return refusal.removeprefix("error: ")
+        return refusal.removeprefix("align: ")
     stage_dir = folder / "run" / cell.stage
     _loss_falls(cell, stage_dir)
     _adapter_is_alone(stage_dir / "adapter")
