@@ -1,7 +1,9 @@
 """Runs the stages of a recipe in order. Every wire is checked before anything starts; what is done is skipped."""
 
 import errno
+import operator
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +15,7 @@ from omegaconf import OmegaConf
 from align import artifacts
 from align.artifacts import Manifest
 from align.config import command_line
+from align.config.adapters import NOT_MERGED, VIRTUAL_TOKENS
 from align.config.best import COMPARED, Needs, measured
 from align.config.errors import Stopped, UserError
 from align.config.keys import slots_of
@@ -35,9 +38,9 @@ from align.config.schema import (
 from align.data.prepare import check_slot, slot_digests
 from align.distributed import runtime
 from align.distributed.runtime import Runtime
-from align.models.load import check_model, context_length, load_config
+from align.models.load import check_model, context_length, is_adapter, load_config
 from align.models.reward import has_score_head
-from align.models.trained import is_adapter, trained_model
+from align.models.trained import trained_model
 from align.stages.agreement import refuse_unequal_config
 from align.stages.context import RunContext, flat, plain, saved_config, stage_record
 from align.stages.export import EXPORTED
@@ -121,7 +124,7 @@ def check_chain(config: RunConfig, run_dir: Path) -> None:
             _check_context_length(config, name, stage)
         for slot in slots_of(config, name):
             _check_slot(config, name, slot, config.run[:position], run_dir)
-    if "reward" in config.run and config.peft.keep_adapter:
+    if "reward" in config.run and config.peft.keep_adapter and config.peft.method not in NOT_MERGED:
         raise UserError(
             "peft.keep_adapter=true: a reward model is saved whole, with its centre; leave keep_adapter out: the "
             "adapter is kept beside it anyway"
@@ -145,7 +148,13 @@ def _check_context_length(config: RunConfig, name: str, stage: StageConfig) -> N
     """Refuse rows longer than the positions of the model that the chain starts from."""
     start = starting_model(config, name)
     longest = context_length(start)
-    if longest is not None and stage.max_tokens > longest:
+    virtual = config.peft.virtual_tokens if config.peft.method in VIRTUAL_TOKENS else 0
+    if longest is not None and stage.max_tokens > longest - virtual:
+        if virtual:
+            raise UserError(
+                f"stages.{name}.max_tokens={stage.max_tokens} and {virtual} virtual tokens, but {start} has {longest} "
+                f"positions; use stages.{name}.max_tokens={longest - virtual}"
+            )
         raise UserError(
             f"stages.{name}.max_tokens={stage.max_tokens}, but {start} has {longest} positions; "
             f"use stages.{name}.max_tokens={longest}"
@@ -208,7 +217,7 @@ def _check_wires(config: RunConfig, name: str, earlier: list[str], run_dir: Path
     rewards = _reward_wires(config, name)
     for key, wire in _wires(config, name).items():
         try:
-            there = _check_wire(key, wire, earlier, config, run_dir)
+            there = _check_wire(key, wire, earlier, config, run_dir, adapters=takes_adapters(stage, key))
             if there and key in rewards:
                 _check_score_head(key, wire, config.model)
         except UserError as error:
@@ -230,15 +239,31 @@ def _check_score_head(key: str, wire: str, model: ModelConfig) -> None:
         raise UserError(f"{key}={wire}: not a reward model, it has no score head")
 
 
-def _check_wire(key: str, wire: str, earlier: list[str], config: RunConfig, run_dir: Path) -> bool:
-    """Whether the model is there; if not, an earlier stage of the run will make it. Raises: UserError."""
-    path, exports = Path(wire), key == "stages.export.policy"
+def takes_adapters(stage: Any, key: str) -> bool:
+    """Whether a model of a stage may be a base with an adapter: where it is asked in this process, and not trained."""
+    if isinstance(stage, StageConfig):
+        return False
+    speaker = re.fullmatch(r"stages\.\w+\.(.+)\.model", key)
+    found = operator.attrgetter(speaker[1])(stage) if speaker else None
+    return getattr(found, "backend", SpeakerBackend.hf) is SpeakerBackend.hf
+
+
+def _check_wire(key: str, wire: str, earlier: list[str], config: RunConfig, run_dir: Path, *, adapters: bool) -> bool:
+    """Whether the model is there; if not, an earlier stage of the run will make it. Raises: UserError.
+
+    adapters: whether a base with an adapter will do.
+    """
+    path, method, exports = Path(wire), config.peft.method, key == "stages.export.policy"
+    left = config.peft.keep_adapter or method in NOT_MERGED
     if path.parent.parent == run_dir and path.name in (POLICY, REWARD_MODEL, EXPORTED):
         producer = path.parent.name
-        if producer in earlier and config.peft.keep_adapter and not exports and path.name != EXPORTED:
+        if producer in earlier and left and not adapters and not exports and path.name != EXPORTED:
+            kept = "leave keep_adapter out: the adapter is kept beside the merged model anyway"
+            other = "end the run there, or use peft=lora, qlora, dora, adalora or ia3, which are merged"
             raise UserError(
-                f"{key}={wire}: with peft.keep_adapter=true stage {producer} leaves an adapter there, and stages start "
-                "from whole models; leave keep_adapter out: the adapter is kept beside the merged model anyway"
+                f"{key}={wire}: with peft{f'={method.value}' if method in NOT_MERGED else '.keep_adapter=true'} stage "
+                f"{producer} leaves an adapter there, and stages start from whole models; "
+                f"{other if method in NOT_MERGED else kept}"
             )
         if producer in earlier:
             return False
@@ -246,7 +271,7 @@ def _check_wire(key: str, wire: str, earlier: list[str], config: RunConfig, run_
             raise UserError(f"{key}={wire}: stage {producer} has not run; run it first, or put it before in run=")
     if exports and is_adapter(path):
         key, wire = f"{key}={wire}: the base of this adapter", str(trained_model(wire).base)
-    check_model(wire, where=key, pickled=config.model.pickled_weights)
+    check_model(wire, where=key, pickled=config.model.pickled_weights, adapters=adapters)
     return True
 
 

@@ -7,6 +7,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+from align.config.adapters import NOT_MERGED, READ_BY
 from align.config.best import COMPARED, Needs, asked_for, measured
 from align.config.errors import UserError
 from align.config.keys import EVERY_SLOT, SLOTS, slots_of, stage_of
@@ -165,6 +166,19 @@ RULES: tuple[Rule, ...] = (
         "peft.*",
         lambda t: t.path != "peft.method" and t.config.peft.method is PeftMethod.none,
         "peft=none trains every weight; add peft=lora",
+    ),
+    *(
+        (
+            f"peft.{key}",
+            lambda t, methods=methods: t.config.peft.method not in methods,
+            f"only {', '.join(f'peft={method.value}' for method in methods)} reads it",
+        )
+        for key, methods in READ_BY.items()
+    ),
+    (
+        "peft.keep_adapter",
+        lambda t: t.config.peft.method in NOT_MERGED,
+        "this method cannot be merged, so policy/ is base + adapter anyway",
     ),
     (
         "peft.dropout",

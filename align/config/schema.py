@@ -221,10 +221,35 @@ class PairSource(Enum):
 
 
 class PeftMethod(Enum):
-    """Parameter-efficient method; `none` trains every weight."""
+    """Parameter-efficient method; `none` trains every weight. docs/adapters.md says which goes with what."""
 
     none = "none"
     lora = "lora"
+    qlora = "qlora"
+    dora = "dora"
+    adalora = "adalora"
+    ia3 = "ia3"
+    prefix = "prefix"
+    prompt = "prompt"
+    ptuning = "ptuning"
+    bottleneck = "bottleneck"
+
+
+class AdapterStart(Enum):
+    """What a low-rank update starts from: nothing (`default`), the base's main directions (`pissa`), or what rounding
+    the base to 4 bits has lost (`loftq`)."""
+
+    default = "default"
+    pissa = "pissa"
+    loftq = "loftq"
+
+
+class Placement(Enum):
+    """Where bottleneck layers sit: behind attention and behind the MLP, behind the MLP alone, or beside the MLP."""
+
+    houlsby = "houlsby"
+    pfeiffer = "pfeiffer"
+    parallel = "parallel"
 
 
 class ZeroChoice(Enum):
@@ -335,20 +360,42 @@ class DataConfig:
 
 @dataclass
 class PeftConfig:
-    """Parameter-efficient fine-tuning."""
+    """Parameter-efficient fine-tuning. A key that the method does not read is refused."""
 
     method: PeftMethod = PeftMethod.none
-    """none | lora"""
+    """none | lora | qlora | dora | adalora | ia3 | prefix | prompt | ptuning | bottleneck"""
     r: int = 16
-    """Rank of the update."""
+    """Rank of the update; of adalora the rank that it starts with, of bottleneck the width of its layers."""
     alpha: int = 32
     """Scale of the update is alpha / r."""
     dropout: float = 0.0
-    """Dropout on the adapter's input."""
+    """Dropout on the adapter's input; of bottleneck layers on their inner width."""
     target_modules: Any = "all-linear"
-    """`all-linear`, or a list of module names."""
+    """`all-linear`, a list of module names, or null: what the method's authors adapt in models of this type."""
     keep_adapter: bool = False
     """Leave policy/ as base + adapter instead of merging. The adapter is kept in adapter/ in both cases."""
+    rank_stabilised: bool = False
+    """Scale by alpha / sqrt(r), which lets large ranks learn (rsLoRA, arXiv:2312.03732)."""
+    init: AdapterStart = AdapterStart.default
+    """default | pissa (arXiv:2404.02948) | loftq, for qlora (arXiv:2310.08659)"""
+    rank_pattern: Dict[str, int] = field(default_factory=dict)
+    """Module name -> its rank where it is not r: {q_proj: 32, layers.0.mlp.down_proj: 4}."""
+    final_r: int = 8
+    """adalora: average rank at the end, reached by taking ranks from where they matter least."""
+    rank_warmup_fraction: float = 0.1
+    """adalora: share of the steps before the first rank is taken."""
+    rank_settled_fraction: float = 0.3
+    """adalora: share of the steps, at the end, in which ranks stay as they are."""
+    virtual_tokens: int = 16
+    """prefix, prompt, ptuning: trained positions in front of every row; a row has that many fewer of its own."""
+    placement: Placement = Placement.houlsby
+    """bottleneck: houlsby | pfeiffer | parallel"""
+    double_quantisation: bool = True
+    """qlora: also round the scales of the 4-bit blocks, which saves 0.37 bits a number."""
+    compute_precision: Precision = Precision.auto
+    """qlora: what 4-bit weights are computed in: auto (the run's precision) | bf16 | fp32"""
+    paged_optimizer: bool = True
+    """qlora: optimizer states move to main memory while a GPU is full. On a CPU there is nowhere to move them to."""
 
 
 @dataclass

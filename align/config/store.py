@@ -21,6 +21,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from align.config import keys, listing, refusals
+from align.config.adapters import refuse_adapter
 from align.config.effects import refuse_without_effect
 from align.config.errors import UserError
 from align.config.keys import EVERY_SLOT
@@ -72,6 +73,7 @@ def compose_run(arguments: list[str], user_dir: Path | None = None) -> Composed:
     given = [o.key_or_group for o in overrides if o.key_or_group not in (*listing.GROUPS, "recipe")]
     refuse_out_of_range(config)
     refuse_without_effect(given, config, OmegaConf.to_container(tree.data))
+    refuse_adapter(config)
     return Composed(tree, config, notes)
 
 

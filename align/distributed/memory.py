@@ -87,6 +87,10 @@ class Shape:
     adapter: int = 0
     """Trained parameters with adapters; 0: all are trained."""
     adapter_rank: int = 0
+    quantised: int = 0
+    """Numbers of the base that are kept in 4 bits."""
+    double_quantisation: bool = False
+    """Whether the scales of these are rounded too."""
     checked: bool = True
     """Whether activations were held against what autograd keeps, for models of this type."""
 
@@ -198,6 +202,13 @@ def state_bytes(trained: int, frozen: int, sharding: Sharding, form: Form) -> di
         gathered = 0.0 if stage >= 3 else weights
         return {"weights": gathered, "gradients": 0.0, "optimizer": 0.0}
     return {"weights": weights, "gradients": gradients, "optimizer": optimizer}
+
+
+def saved_by_rounding(quantised: int, form: Form, *, double: bool) -> float:
+    """What weights of 4 bits do not take. NF4 has a scale of 32 bits for 64 numbers; rounding those scales as well
+    leaves 8 bits for 64 numbers and 32 for 256 of them (arXiv:2305.14314, section 3)."""
+    scales = 8 / 64 + 32 / (64 * 256) if double else 32 / 64
+    return quantised * (form.weight - (4 + scales) / 8)
 
 
 def offloaded_bytes(trained: int, frozen: int, sharding: Sharding, form: Form) -> float:

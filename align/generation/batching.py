@@ -12,6 +12,7 @@ from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLa
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from align.generation.roomy_cache import move_rows
+from align.models.layout import prompt_learning
 
 ROUNDING_SHARE = {torch.float64: 1e-6, torch.float32: 1e-3}
 """What rounding may change log-probabilities by, as a share of their spread; in half precision 0.05."""
@@ -48,13 +49,15 @@ def prove_batching(model: PreTrainedModel, prompt: tuple[int, ...], pad_token_id
     long = prompt if len(prompt) > 1 else prompt * 2
     short = long[: len(long) // 2]
     kind = generate(model, *left_padded([long[:1]], pad_token_id, model.device), 1, rules).past_key_values
-    if type(kind) is DynamicCache and all(type(x) in (DynamicLayer, DynamicSlidingWindowLayer) for x in kind.layers):
+    moves = not prompt_learning(model)  # else the cache holds positions that no token stands for
+    known = (DynamicLayer, DynamicSlidingWindowLayer)
+    if moves and type(kind) is DynamicCache and all(type(layer) in known for layer in kind.layers):
         return Batching.moving
     if not _reads_together(model, [long, (pad_token_id,) * len(long)], rules):
         return Batching.single
     if not _reads_together(model, [long, short], rules):
         return Batching.equal_lengths
-    return Batching.moving if _goes_on_swapped(model, [long, short], rules) else Batching.padded
+    return Batching.moving if moves and _goes_on_swapped(model, [long, short], rules) else Batching.padded
 
 
 def _reads_together(model: PreTrainedModel, pair: list[tuple[int, ...]], rules: Rules) -> bool:

@@ -35,7 +35,7 @@ from align.generation.rollout import (
 from align.generation.roomy_cache import move_rows
 from align.generation.shared_prefix import common_prefix, prove_sharing, read_prompts
 from align.generation.speakers import Ask, Choose, Chosen, Failed, Messages, Said, cut_at_stop
-from align.models.layout import plain_model
+from align.models.layout import speaking_model
 
 LONGEST_CHUNK_STEPS = 4 * CHUNK_STEPS
 SHORT_PROMPT = 64
@@ -99,7 +99,7 @@ class LocalSpeaker:
         """
         assert batch_size > 0
         self.name = name
-        self._plain: PreTrainedModel = plain_model(model.to(device) if device is not None else model)
+        self._plain: PreTrainedModel = speaking_model(model.to(device) if device is not None else model)
         longest = getattr(self._plain.config.get_text_config(), "max_position_embeddings", None)
         self._chats, self._batch_size = Chats(template, longest), batch_size
         pad = template.tokenizer.pad_token_id
@@ -157,7 +157,7 @@ class LocalSpeaker:
 
     @property
     def model(self) -> PreTrainedModel:
-        """The model itself, without PEFT's wrapping."""
+        """What answers: without PEFT's wrapping, unless that puts virtual tokens in front."""
         return self._plain
 
     def close(self) -> None:

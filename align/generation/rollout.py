@@ -18,7 +18,7 @@ from align.config.errors import UserError
 from align.generation.batching import Batching, Rules, generate, left_padded, prove_batching, with_tokens
 from align.generation.roomy_cache import move_rows
 from align.generation.seeds import row_uniforms
-from align.models.layout import plain_model
+from align.models.layout import plain_model, speaking_model
 from align.tracking.progress import Progress
 
 CHUNK_STEPS = 16
@@ -73,7 +73,7 @@ def sample(
     rows = [Row(tuple(prompts[index // per_prompt]), seed) for index, seed in enumerate(seeds)]
     if not rows:
         return []
-    plain = plain_model(model)
+    plain = speaking_model(model)
     with as_sampler(plain):
         batching = prove_batching(plain, max((row.prompt for row in rows), key=len), pad_token_id)
         done = 0
@@ -90,14 +90,16 @@ def sample(
 def as_sampler(model: PreTrainedModel) -> Iterator[None]:
     """The model in eval mode, with a generation config that says nothing; as it was, afterwards."""
     training = [module for module in model.modules() if module.training]
-    config = model.generation_config
+    # `generate` fills what a config of ours leaves open from the model's; PEFT's wrapping has one of its own.
+    configs = {one: one.generation_config for one in (model, plain_model(model))}
     model.eval()
-    # `generate` fills what a config of ours leaves open from the model's.
-    model.generation_config = GenerationConfig()
+    for one in configs:
+        one.generation_config = GenerationConfig()
     try:
         yield
     finally:
-        model.generation_config = config
+        for one, config in configs.items():
+            one.generation_config = config
         for module in training:
             module.training = True
 

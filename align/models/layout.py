@@ -39,6 +39,14 @@ def plain_model(model: nn.Module) -> PreTrainedModel:
     return model
 
 
+def speaking_model(model: nn.Module) -> PreTrainedModel:
+    """What is sampled from: the plain model, which holds an adapter's layers, or with virtual tokens PEFT's wrapping,
+    without which they would be left out and the base would answer."""
+    while hasattr(model, "module"):
+        model = model.module
+    return model if prompt_learning(model) else plain_model(model)
+
+
 def prompt_learning(model: nn.Module) -> bool:
     """Whether a PEFT adapter puts virtual tokens in front of the real ones."""
     while hasattr(model, "module"):

@@ -31,6 +31,8 @@ EMBEDDED = {
 LOAD_ERRORS = (OSError, ValueError, RuntimeError, ImportError, SafetensorError, UnpicklingError)
 """What transformers raises for weights that are not there, not sound, or pickles with code in them."""
 WEIGHT_FILES = ("*.safetensors", "*.bin")
+NEVER_WHOLE = ("PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING", "BOTTLENECK")
+"""PEFT's names of the methods that no weight can take up."""
 SHARD_INDEX = "model.safetensors.index.json"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
 
@@ -46,11 +48,12 @@ def is_hub_id(name: str) -> bool:
     return len(parts) == 2 and all(part and not part.startswith((".", "~")) for part in parts)
 
 
-def check_model(name: str, *, where: str, pickled: bool = False) -> None:
+def check_model(name: str, *, where: str, pickled: bool = False, adapters: bool = False) -> None:
     """Refuse a model that cannot be used, before anything runs. `where` is the config key that names it.
 
-    pickled: whether weights may be pickles (*.bin). Raises: UserError for a missing folder, or one without sound
-    config, whole weights or tokenizer.
+    pickled: whether weights may be pickles (*.bin). adapters: whether a base with an adapter will do, as a stage with
+    peft.keep_adapter or with a method that cannot be merged leaves it. Raises: UserError for a missing folder, or one
+    without sound config, whole weights or tokenizer.
     """
     path = Path(resolve_model(name))
     if not path.exists():
@@ -58,11 +61,12 @@ def check_model(name: str, *, where: str, pickled: bool = False) -> None:
             return
         hint = _near_sibling(path) or "; check the path"
         raise UserError(f"{where}={name}: no such folder, and not a hub id (organisation/model){hint}")
-    if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
-        raise UserError(
-            f"{where}={name}: an adapter, not a whole model; merge it with +recipe=export model.path={name}, or train "
-            "it without peft.keep_adapter, which merges it"
-        )
+    if is_adapter(path):
+        if not adapters or not (path / "config.json").is_file():
+            raise UserError(f"{where}={name}: an adapter, not a whole model; {_way_to_whole(path)}")
+        said = f"{where}={name}: its base, base_model_name_or_path"
+        check_model(adapter_base(path), where=said, pickled=pickled)
+        return
     if not (path / "config.json").is_file():
         raise UserError(f"{where}={name}: no config.json in it; give a folder written by save_pretrained")
     _config_values(path)
@@ -71,6 +75,26 @@ def check_model(name: str, *, where: str, pickled: bool = False) -> None:
         raise UserError(
             f"{where}={name}: no tokenizer in it; save the model's tokenizer there with tokenizer.save_pretrained"
         )
+
+
+def is_adapter(folder: Path) -> bool:
+    """Whether a folder holds an adapter, which is of use only with its base."""
+    return (folder / "adapter_config.json").is_file()
+
+
+def adapter_base(folder: Path) -> str:
+    """The model that the adapter in a folder was trained on."""
+    return str(_json_object(folder / "adapter_config.json").get("base_model_name_or_path"))
+
+
+def _way_to_whole(folder: Path) -> str:
+    kind = str(_json_object(folder / "adapter_config.json").get("peft_type"))
+    if kind in NEVER_WHOLE:
+        return (
+            f"{kind.lower()} cannot be merged, so it can be evaluated and asked but not trained further; train it with "
+            "a method that can: peft=lora, qlora, dora, adalora or ia3"
+        )
+    return f"merge it with +recipe=export model.path={folder}, or train it without peft.keep_adapter, which merges it"
 
 
 def _near_sibling(path: Path) -> str:
@@ -143,15 +167,21 @@ def load_tokenizer(name: str, model: ModelConfig, chat_template: str | None) -> 
     return tokenizer
 
 
-def load_model(name: str, model: ModelConfig, dtype: torch.dtype | Literal["auto"], *, seed: int) -> PreTrainedModel:
+def load_model(
+    name: str, model: ModelConfig, dtype: torch.dtype | Literal["auto"], *, seed: int, quantisation: Any = None
+) -> PreTrainedModel:
     """A causal language model, weights in `dtype` (`auto`: as stored); random ones, by `seed`, for `tiny-untrained`.
 
+    quantisation: transformers' config of it, or None.
     Raises: UserError if it cannot be loaded whole: transformers fills in what is missing with random numbers.
     """
     path = resolve_model(name)
     options = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
+    if quantisation is not None:
+        options["quantization_config"] = quantisation
     if name == "tiny-untrained":
         torch.manual_seed(seed)
+        refuse_to_quantise_nothing(quantisation)
         return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path), dtype=dtype)
     try:
         loaded, report = AutoModelForCausalLM.from_pretrained(
@@ -166,6 +196,12 @@ def load_model(name: str, model: ModelConfig, dtype: torch.dtype | Literal["auto
         raise not_loaded(name, "model", error) from error
     refuse_made_up(name, report)
     return loaded
+
+
+def refuse_to_quantise_nothing(quantisation: Any) -> None:
+    """Raises: UserError if weights that are drawn, and not read, are to be quantised."""
+    if quantisation is not None:
+        raise UserError("peft=qlora: tiny-untrained has no weights to round to 4 bits; take tiny-base")
 
 
 def refuse_made_up(name: str, report: dict[str, Any]) -> None:

@@ -25,21 +25,27 @@ from align.models.cut_points import CUTS, SCORE_HEAD, ordered_cuts
 from align.models.layout import Reading, model_inputs, plain_model
 
 HEAD_WEIGHT = f"{SCORE_HEAD}.weight"
+BACKBONE_INPUTS = ("input_ids", "inputs_embeds", "position_ids", "attention_mask", "past_key_values", "use_cache")
 AUTO_CLASS = "AutoModelForSequenceClassification"
 
 
-def load_reward_model(name: str, model: ModelConfig, dtype: torch.dtype, *, seed: int) -> PreTrainedModel:
+def load_reward_model(
+    name: str, model: ModelConfig, dtype: torch.dtype, *, seed: int, quantisation: Any = None
+) -> PreTrainedModel:
     """A reward model with weights in `dtype`, ready for `score_batch`, from a folder, a hub id or an embedded name.
 
     A reward model keeps its head; a causal model gets one drawn from N(0, 1/sqrt(d + 1)) with `seed`, for d hidden
     units (Stiennon et al. 2020, arXiv:2009.01325). The tokenizer's pad token is set in the config, where transformers'
-    own forward looks for the end of a padded row.
+    own forward looks for the end of a padded row. quantisation: transformers' config of it, or None.
     Raises: UserError if the model type has no score head, or if anything but a new head is missing in the files.
     """
     config = _reward_config(name, model)
     options = {"trust_remote_code": model.trust_remote_code}
+    if quantisation is not None:
+        options["quantization_config"] = quantisation
     if name == "tiny-untrained":
         torch.manual_seed(seed)
+        load.refuse_to_quantise_nothing(quantisation)
         loaded, new_head = AutoModelForSequenceClassification.from_config(config, dtype=dtype), True
     else:
         try:
@@ -107,19 +113,27 @@ def as_scorer(model: PreTrainedModel) -> PreTrainedModel:
     In bf16 a score of 3 would be rounded to 1/64.
     """
     model.forward = MethodType(_forward, model)
+    model.virtual_tokens = 0  # in front of the real ones, once an adapter puts some there
     head = getattr(model, SCORE_HEAD)
     head.forward = MethodType(_head_forward, head)
     return model
 
 
-def _forward(self: PreTrainedModel, *args: Any, positions: Tensor | None = None, **inputs: Any) -> Any:
-    """Scores (C,) in fp32 at `positions` (C,) of the flattened rows; without positions, the model's own forward."""
+def _forward(
+    self: PreTrainedModel, *args: Any, positions: Tensor | None = None, past_key_values: Any = None, **inputs: Any
+) -> Any:
+    """Scores (C,) in fp32 at `positions` (C,) of the flattened rows; without positions, the model's own forward.
+
+    past_key_values is named because PEFT looks for it before it gives a prefix.
+    """
+    if past_key_values is not None:
+        inputs["past_key_values"] = past_key_values
     if positions is None:
         return type(self).forward(self, *args, **inputs)
     assert not args, "tokens and masks are given by name"
     # Wrappers add options of the whole model (labels, return_dict); the backbone gets what `model_inputs` names.
-    taken = {key: inputs[key] for key in ("input_ids", "position_ids", "attention_mask", "use_cache") if key in inputs}
-    hidden = self.base_model(**taken).last_hidden_state.flatten(0, 1)
+    taken = {key: inputs[key] for key in BACKBONE_INPUTS if inputs.get(key) is not None}
+    hidden = self.base_model(**taken).last_hidden_state[:, self.virtual_tokens :].flatten(0, 1)
     # The head as a module, so that ZeRO-3 gathers it and PEFT puts the trained copy in its place.
     return getattr(self, SCORE_HEAD)(hidden[positions]).squeeze(-1)
 

@@ -11,7 +11,9 @@ from align.config.errors import UserError
 from align.config.schema import Layout, ModelConfig
 from align.data.forest import Tree, lay_out_scores
 from align.models import load
-from align.models.reward import centred_scores, load_reward_model
+from align.models.adapters.saved import load_scorer
+from align.models.layout import plain_model
+from align.models.reward import centred_scores
 
 SAMPLE = "score_sample.json"
 TOLERANCE = {4: 1e-3, 2: 0.2}
@@ -34,7 +36,7 @@ def write_sample(folder: Path, trees: Sequence[Tree], model: ModelConfig) -> Non
     Raises: UserError if one is not a finite number.
     """
     pairs = [(list(tree.prompt), list(ids)) for tree in trees for ids in tree.completions][:MOST]
-    scorer = load_reward_model(str(folder), model, torch.float32, seed=0).eval()
+    scorer = load_scorer(str(folder), model, torch.float32, seed=0).eval()
     alone = [lay_out_scores([Tree(prompt, (ids,))], Layout.padded, 0) for prompt, ids in pairs]
     with torch.no_grad():
         scores = [centred_scores(scorer, batch).item() for batch in alone]
@@ -45,7 +47,7 @@ def write_sample(folder: Path, trees: Sequence[Tree], model: ModelConfig) -> Non
         for (prompt, ids), score in zip(pairs, scores, strict=True)
     ]
     # The scale of differences. A few answers may lie close together, so theirs alone could be far too small.
-    std = max(float(np.std(scores)), float(scorer.config.to_dict().get("reward_std", 0.0)))
+    std = max(float(np.std(scores)), float(plain_model(scorer).config.to_dict().get("reward_std", 0.0)))
     artifacts.write_json(folder / SAMPLE, {"std": std, "rows": rows})
 
 

@@ -2,7 +2,7 @@
 
 import json
 import warnings
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import cache
 from typing import Any
 
@@ -12,9 +12,11 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from align.config.adapters import READ_BY
 from align.config.errors import UserError
-from align.config.schema import ModelConfig, PeftConfig, PeftMethod
+from align.config.schema import AdapterStart, ModelConfig, PeftConfig, PeftMethod, Placement, Precision
 from align.distributed.memory import Shape
+from align.models.adapters.quantised import KEPT_WHOLE
 from align.models.load import load_config
 from align.models.peft import add_adapter
 
@@ -32,7 +34,13 @@ def shape_of(name: str, model: ModelConfig, peft: PeftConfig | None = None, *, s
         shape = _read(name, model.revision, model.trust_remote_code, scores)
         if peft is None or peft.method is PeftMethod.none:
             return shape
-        return replace(shape, adapter=_adapters_of(name, model, peft, scores), adapter_rank=peft.r)
+        return replace(
+            shape,
+            adapter=_adapters_of(name, model, peft, scores),
+            adapter_rank=peft.r if peft.method in READ_BY["r"] else 0,
+            quantised=_quantised(_on_meta(name, model.revision, model.trust_remote_code, scores), peft),
+            double_quantisation=peft.double_quantisation,
+        )
     # Code that comes with a model may need numbers to build it, or name its parts in its own way.
     except (AttributeError, KeyError, TypeError, RuntimeError, NotImplementedError) as error:
         raise UserError(f"{name}: its shape cannot be read ({type(error).__name__}: {error})") from error
@@ -125,15 +133,27 @@ def _widens(module: nn.Module, mlp: int) -> bool:
     return outputs in (mlp, 2 * mlp) and inputs < outputs
 
 
+def _quantised(built: PreTrainedModel, peft: PeftConfig) -> int:
+    """Numbers that qlora keeps in 4 bits: every linear layer's but those that read the hidden states out."""
+    if peft.method is not PeftMethod.qlora:
+        return 0
+    layers = {key: module for key, module in built.named_modules() if isinstance(module, nn.Linear)}
+    return sum(m.weight.numel() for key, m in layers.items() if key.rsplit(".", 1)[-1] not in KEPT_WHOLE)
+
+
 def _adapters_of(name: str, model: ModelConfig, peft: PeftConfig, scores: bool) -> int:
-    settings = json.dumps({"r": peft.r, "target_modules": peft.target_modules})
+    # Where weights come from and how they are rounded changes no shape, and needs numbers to be done.
+    shaped = replace(peft, init=AdapterStart.default)
+    settings = json.dumps(asdict(shaped), default=lambda entry: entry.value)
     return _adapter_parameters(name, (model.revision, model.trust_remote_code), settings, scores)
 
 
 @cache
 def _adapter_parameters(name: str, model: tuple[str | None, bool], peft: str, scores: bool) -> int:
     """Numbers that are trained with adapters, the score head included: as PEFT puts them on a model without numbers."""
-    settings = PeftConfig(**json.loads(peft), method=PeftMethod.lora)
+    values = json.loads(peft)
+    kinds = {"method": PeftMethod, "init": AdapterStart, "placement": Placement, "compute_precision": Precision}
+    settings = PeftConfig(**values | {key: kind(values[key]) for key, kind in kinds.items()})
     task = TaskType.SEQ_CLS if scores else TaskType.CAUSAL_LM
     # It draws weights from a seed, of which nobody else is to notice.
     with torch.random.fork_rng(devices=[]), torch.device("meta"), warnings.catch_warnings():

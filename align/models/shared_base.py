@@ -13,6 +13,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,14 +30,16 @@ from transformers import PreTrainedModel
 from align.config.errors import UserError
 from align.config.schema import PeftConfig
 from align.models.actor_critic import ActorCritic, read_tokens
+from align.models.adapters.configs import adapter_config
 from align.models.layout import model_inputs
-from align.models.peft import target_modules
 from align.models.reward import HEAD_WEIGHT, SCORE_HEAD
 
 POLICY, VALUE, REWARD = "policy", "value", "reward"
 WEIGHTS = "adapter_model.safetensors"
 VALUE_STATISTICS = "value.json"
 """What turns scores into values, under the names that the config of a whole value model has them."""
+ADAPTED = r"lora_\w+|ia3_l|bottleneck_\w+"
+"""What PEFT calls the parts of an adapter, before its name."""
 FILE_PREFIX = "base_model.model."
 """What PEFT puts in front of every name it writes."""
 
@@ -255,15 +258,9 @@ class _SavedAdapter:
             parameters[own].copy_(self.tensors[name])
 
 
-def _fresh_config(base: PreTrainedModel, peft: PeftConfig) -> LoraConfig:
+def _fresh_config(base: PreTrainedModel, peft: PeftConfig) -> AdapterConfig:
     """Without dropout, because what is compared (policy and reference, two values) must come from one network."""
-    return LoraConfig(
-        r=peft.r,
-        lora_alpha=peft.alpha,
-        lora_dropout=0.0,
-        target_modules=target_modules(base, peft.target_modules),
-        task_type=TaskType.CAUSAL_LM,
-    )
+    return adapter_config(base, replace(peft, dropout=0.0), TaskType.CAUSAL_LM)
 
 
 def _draw(head: ScoreHead) -> None:
@@ -274,11 +271,12 @@ def _draw(head: ScoreHead) -> None:
 
 def _is_of(name: str, adapter: str) -> bool:
     """Whether a parameter of this name belongs to an adapter or is its head."""
-    return re.search(rf"\.lora_\w+\.{adapter}\.", name) is not None or name.startswith(f"heads.{adapter}.")
+    return re.search(rf"\.({ADAPTED})\.{adapter}(\.|$)", name) is not None or name.startswith(f"heads.{adapter}.")
 
 
 def _file_name(name: str) -> str:
     """What PEFT calls a parameter in an adapter's file."""
     if name.startswith("heads."):
         return FILE_PREFIX + HEAD_WEIGHT
-    return FILE_PREFIX + re.sub(r"\.(lora_\w+)\.\w+\.", r".\1.", name.removeprefix("policy."), count=1)
+    plain = re.sub(rf"\.({ADAPTED})\.\w+(\.|$)", r".\1\2", name.removeprefix("policy."), count=1)
+    return FILE_PREFIX + plain.replace("lora_magnitude_vector.weight", "lora_magnitude_vector")

@@ -12,7 +12,7 @@ from align import artifacts
 from align.artifacts import Manifest
 from align.config.errors import UserError
 from align.config.schema import ModelConfig
-from align.models.load import load_model, resolve_model
+from align.models.load import is_adapter, load_model, resolve_model
 
 ADAPTER_CONFIG = "adapter_config.json"
 POLICY, ADAPTER = "policy", "adapter"
@@ -37,11 +37,6 @@ class Trained:
     def seed(self) -> int:
         """By which the weights of `tiny-untrained` are drawn."""
         return self.manifest.seed if self.manifest is not None else 0
-
-
-def is_adapter(folder: Path) -> bool:
-    """Whether a folder holds an adapter and no whole model."""
-    return (folder / ADAPTER_CONFIG).is_file() and not (folder / "config.json").is_file()
 
 
 def trained_model(policy: str) -> Trained:

@@ -12,6 +12,7 @@ from align.config.schema import DPOStage, Layout
 from align.data.forest import PairCollator, Tree
 from align.losses.pairwise import PairObjective
 from align.models.layout import prove_layout
+from align.stages.adapters import padded_for_adapter, rounding_key
 from align.stages.context import RunContext
 from align.stages.session import Session, close_session, input_digests, open_session
 from align.stages.training import train_and_sign
@@ -52,7 +53,7 @@ def reference_pass(session: Session, stage: DPOStage) -> tuple[Layout, dict[str,
     """
     arguments = TrainingArguments(**session.argument_values())
     reference = stage.reference or stage.policy
-    model = session.load_plain(reference)
+    model = session.load_for_proof(reference)
     parts = {"train": session.prepared.train, "held_out": session.prepared.held_out}
     trainer = _pair_trainer(session, stage, arguments, model, Layout.padded, parts)
     engine = reference_engine(model, trainer.accelerator)
@@ -80,6 +81,8 @@ def reference_pass(session: Session, stage: DPOStage) -> tuple[Layout, dict[str,
 
 
 def _proven_layout(session: Session, stage: DPOStage, engine: Any, trainer: PairTrainer) -> Layout:
+    if (padded := padded_for_adapter(session)) is not None:
+        return padded
     rows = session.prepared.train
     proven = prove_layout(
         engine,
@@ -108,6 +111,8 @@ def _cache_key(session: Session, reference: str, part: str) -> str:
             "part": part,
             "template": session.template.digest,
             "bf16": session.machine.bf16,
+            # A base in 4 bits is another reference; other methods leave the base as it is.
+            **rounding_key(session),
         }
     )
 

@@ -111,7 +111,10 @@ def worst(setup: Setup, sharding: Sharding) -> Need:
 
 def _states(setup: Setup, shapes: list[Shape], sharding: Sharding) -> dict[str, float]:
     trained, frozen = sum(shape.trained for shape in shapes), sum(shape.frozen for shape in shapes)
-    return memory.state_bytes(trained, frozen, sharding, setup.form(sharding))
+    form = setup.form(sharding)
+    found = memory.state_bytes(trained, frozen, sharding, form)
+    found["weights"] -= memory.saved_by_rounding(shapes[0].quantised, form, double=shapes[0].double_quantisation)
+    return found
 
 
 def _backward(setup: Setup, shape: Shape, batch: Batch, sharding: Sharding) -> dict[str, float]:
@@ -151,6 +154,8 @@ def _reference_need(setup: Setup, sharding: Sharding) -> Need:
     shape = setup.shape_or_policys(stage.reference or stage.policy)
     batch = setup.batch(READING_FORWARD)
     weights = shape.parameters * form.weight / (sharding.ranks if sharding.stage == 3 else 1)
+    rounded = setup.policy()
+    weights -= memory.saved_by_rounding(rounded.quantised, form, double=rounded.double_quantisation)
     reading = {
         "activations": memory.reading_bytes(shape, batch, form) + memory.weight_copy_bytes(shape, form),
         "logits": memory.whole_logits_bytes(shape, batch, form, gradients=False),

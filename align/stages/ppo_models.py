@@ -24,6 +24,7 @@ from align.models.actor_critic import ActorCritic, Read
 from align.models.layout import TOKEN_LOGPS, ProvenLayout, Reading, prove_layout
 from align.models.reward import SCORE_HEAD, SCORES, centre_of, check_reward_model, has_score_head
 from align.models.shared_base import SharedBase
+from align.stages.adapters import trained_words
 from align.stages.rows import load_template
 from align.stages.saving import ADAPTER
 from align.stages.session import Session
@@ -131,6 +132,7 @@ class Models:
             base, config.peft, temperature=self.stage.temperature, seed=self.stage.seed,
             zero3=self.session.zero_stage == 3, value=self.has_value, reward_adapter=folder, reward_centre=centre,
         )  # fmt: skip
+        self.say(trained_words(self.session, actor))
         if folder and self.has_value:
             actor.initialise_value(scale=self.first_model.weight, centre=centre)
         return actor

@@ -24,6 +24,7 @@ from align.models.cut_points import add_cut_points, cut_points, drop_cut_points
 from align.models.layout import prove_layout
 from align.models.reward import SCORES, as_ratings, set_ratings, set_statistics
 from align.models.score_sample import MOST, write_sample
+from align.stages.adapters import padded_for_adapter
 from align.stages.context import RunContext
 from align.stages.saving import REWARD_MODEL, save_model
 from align.stages.session import Session, close_session, open_session
@@ -71,8 +72,10 @@ def run(stage: RewardStage, context: RunContext) -> Manifest:
 
 def _proven_layout(session: Session, stage: RewardStage) -> Layout:
     """Of a model of its own, which is freed: one sharded by ZeRO-3 for training takes no forward before it begins."""
+    if (padded := padded_for_adapter(session)) is not None:
+        return padded
     arguments = TrainingArguments(**session.argument_values())
-    model = session.load_plain(stage.policy, scores=True)
+    model = session.load_for_proof(stage.policy, scores=True)
     trainer = RewardTrainer(
         model, arguments, RewardObjective(), layout=Layout.padded, pad_token_id=session.tokenizer.pad_token_id,
         train_dataset=session.prepared.train,

@@ -9,11 +9,13 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel, Trainer
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from align.config.schema import PeftMethod
+from align.config.adapters import NOT_MERGED, VIRTUAL_TOKENS
+from align.config.schema import AdapterStart, PeftMethod
 from align.distributed import runtime
 from align.models import load
-from align.models.peft import merged_model
+from align.models.peft import merged_model, quiet_peft
 from align.models.trained import ADAPTER, POLICY
+from align.stages.adapters import START, write_adapter, write_with_base
 from align.stages.context import RunContext
 from align.stages.session import Session
 
@@ -95,16 +97,31 @@ def _save_in_precision(session: Session, model: PreTrainedModel, folder: Path) -
 
 def _save_adapter(session: Session, trainer: Trainer, adapter: Path, folder: Path, finish: Finish) -> None:
     context, config = session.context, session.context.config
-    trainer.save_model(str(adapter))
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    if session.adapter.ranks is not None:
+        session.adapter.ranks.settle(model)
+    whole_alone = config.peft.method in VIRTUAL_TOKENS or config.peft.init is AdapterStart.pissa
+    if whole_alone:
+        write_adapter(model, adapter, context.stage_dir / START, main=context.runtime.is_main)
+    else:
+        with quiet_peft():
+            trainer.save_model(str(adapter))
     if not context.runtime.is_main:
         return
     for extra in adapter.iterdir():
         if not extra.name.startswith("adapter_"):
             extra.unlink()
-    if config.peft.keep_adapter:
-        shutil.copytree(adapter, folder)
+    if config.peft.keep_adapter or config.peft.method in NOT_MERGED:
+        write_with_base(model, adapter, folder, finish)
     else:
         unset_hf_deepspeed_config()  # else ZeRO-3 would shard the base
-        model = merged_model(session.stage.policy, adapter, config.model, seed=session.stage.seed)
-        finish(model.config)
-        _save_in_precision(session, model, folder)
+        merged = merged_model(
+            session.stage.policy,
+            adapter,
+            config.model,
+            seed=session.stage.seed,
+            peft=config.peft,
+            bf16=session.machine.bf16,
+        )
+        finish(merged.config)
+        _save_in_precision(session, merged, folder)

@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
+from align.config.adapters import NOT_MERGED
 from align.distributed import runtime
 from align.models.actor_critic import ActorCritic
 from align.models.peft import merged_model
@@ -16,6 +17,7 @@ from align.models.reward import set_statistics
 from align.models.shared_base import POLICY as POLICY_ADAPTER
 from align.models.shared_base import VALUE as VALUE_ADAPTER
 from align.models.shared_base import SharedBase
+from align.stages.adapters import write_with_base
 from align.stages.saving import ADAPTER, POLICY, finish_folders, partial_folder
 from align.stages.session import Session
 from align.trainers.ppo import PPOTrainer
@@ -92,9 +94,16 @@ def _write_adapted(session: Session, actor: SharedBase, state: Mapping[str, Tens
     config = session.context.config
     folder, whole = partial_folder(session.context, adapter), partial_folder(session.context, policy)
     actor.save_adapter(POLICY_ADAPTER, folder, state)
-    if config.peft.keep_adapter:
-        shutil.copytree(folder, whole)
+    if config.peft.keep_adapter or config.peft.method in NOT_MERGED:
+        write_with_base(actor.policy, folder, whole, lambda config: None)
         return
-    model = merged_model(session.stage.policy, folder, config.model, seed=session.stage.seed)
+    model = merged_model(
+        session.stage.policy,
+        folder,
+        config.model,
+        seed=session.stage.seed,
+        peft=config.peft,
+        bf16=session.machine.bf16,
+    )
     model.config.use_cache = True
     model.to(torch.bfloat16 if session.machine.bf16 else torch.float32).save_pretrained(whole)

@@ -8,7 +8,8 @@ from align.config.schema import Layout
 from align.data.forest import Tree, lay_out_scores
 from align.distributed import runtime
 from align.models import load
-from align.models.reward import centred_scores, load_reward_model
+from align.models.adapters.saved import load_scorer
+from align.models.reward import centred_scores
 from align.stages.context import RunContext
 from align.tracking.progress import Progress
 
@@ -22,7 +23,7 @@ def answer_scores(
     """
     config, machine = context.config, context.runtime
     dtype = torch.bfloat16 if load.use_bf16(config.precision, machine.device) else torch.float32
-    model = load_reward_model(reward_model, config.model, dtype, seed=0).to(machine.device).eval()
+    model = load_scorer(reward_model, config.model, dtype, seed=0).to(machine.device).eval()
     order = sorted(range(len(trees)), key=lambda i: -len(trees[i].prompt) - max(map(len, trees[i].completions)))
     mine = order[machine.rank :: machine.world_size]
     progress = Progress(f"{context.stage_name}: scoring", len(mine), active=machine.is_main, unit="rows")

@@ -13,15 +13,17 @@ from align import artifacts
 from align.artifacts import Manifest
 from align.config.best import asked_for
 from align.config.errors import UserError
-from align.config.schema import PeftMethod, PPOStage, StageConfig
+from align.config.schema import AdapterStart, PeftMethod, PPOStage, StageConfig
 from align.data.encoded import largest_token
 from align.data.prepare import Prepared
 from align.data.template import Template
 from align.distributed import elastic, runtime, zero
 from align.distributed.peak import Peak
 from align.models import load
+from align.models.adapters.quantised import compute_exactly, quantisation
 from align.models.peft import add_adapter
 from align.models.reward import load_reward_model
+from align.stages.adapters import keep_start, trained_words
 from align.stages.context import RunContext, plain
 from align.stages.rows import load_template, prepare_rows, report_rows
 from align.stages.sharding import planned_bytes, session_choice
@@ -29,6 +31,7 @@ from align.tracking.local import MetricsLog
 from align.tracking.progress import say
 from align.tracking.wandb_run import WandbRun
 from align.trainers import checkpoints
+from align.trainers.adapters import AdapterCallbacks
 from align.trainers.arguments import Machine, trainer_arguments
 from align.trainers.best import Best, HeldOutGuard
 from align.trainers.callbacks import Report, StopAtNaN
@@ -53,6 +56,7 @@ class Session:
     inputs: list[dict[str, str]]
     stop: StopTogether
     callbacks: list[Any] = field(default_factory=list)
+    adapter: AdapterCallbacks | None = None
     elastic: bool = False
     """The checkpoint to go on from is a ZeRO checkpoint of another number of ranks."""
     best: Best | None = None
@@ -70,12 +74,14 @@ class Session:
 
     def argument_values(self) -> dict[str, Any]:
         """Keyword arguments for TrainingArguments."""
+        peft = self.context.config.peft
         return trainer_arguments(
             self.stage,
             self.machine,
             self.checkpoint_dir,
             log_every=self.context.config.log.every,
             evaluate=len(self.prepared.held_out) > 0,
+            paged=peft.method is PeftMethod.qlora and peft.paged_optimizer,
             judge_first=checkpoints.owes_evaluation(self.resume_from, self.stage.eval_every),
         )
 
@@ -90,10 +96,20 @@ class Session:
         dtype = torch.bfloat16 if half else torch.float32
         quiet_libraries()  # a Trainer sets the level of transformers' talk anew, and a new score head is no news
         load_any = load_reward_model if scores else load.load_model
-        model = load_any(name, config.model, dtype, seed=self.stage.seed)
+        rounded = quantisation(config.peft, bf16=self.machine.bf16)
+        model = load_any(name, config.model, dtype, seed=self.stage.seed, quantisation=rounded)
+        compute_exactly(model)
         _refuse_unknown_tokens(self, name, model.config.get_text_config().vocab_size)
         model.config.use_cache = False
         return model
+
+    def load_for_proof(self, name: str, *, scores: bool = False) -> PreTrainedModel:
+        """A model that a trainer is given to read with adapters off: transformers takes none of 4 bits without one."""
+        model, peft = self.load_plain(name, scores=scores), self.context.config.peft
+        if peft.method is not PeftMethod.qlora:
+            return model
+        task = TaskType.SEQ_CLS if scores else TaskType.CAUSAL_LM
+        return add_adapter(model, peft, seed=self.stage.seed, zero3=False, task=task)
 
     def load_frozen(self, name: str, *, scores: bool = False) -> PreTrainedModel:
         """A model that is only read, in the precision of the run. Call after TrainingArguments were made (ZeRO-3)."""
@@ -106,14 +122,21 @@ class Session:
 
     def load_policy(self) -> PreTrainedModel:
         """The policy, with its adapter if any. Call after TrainingArguments were made (ZeRO-3)."""
-        model = self.load_plain(self.stage.policy)
-        return add_adapter(model, self.context.config.peft, seed=self.stage.seed, zero3=self.zero_stage == 3)
+        return self._adapted(self.load_plain(self.stage.policy), TaskType.CAUSAL_LM)
 
     def load_scorer(self) -> PreTrainedModel:
         """The policy with a score head, with its adapter if any. Call after TrainingArguments were made (ZeRO-3)."""
-        model = self.load_plain(self.stage.policy, scores=True)
+        return self._adapted(self.load_plain(self.stage.policy, scores=True), TaskType.SEQ_CLS)
+
+    def _adapted(self, model: PreTrainedModel, task: TaskType) -> PreTrainedModel:
+        """The model with the run's adapter, of which it is said how much is trained."""
         peft, zero3 = self.context.config.peft, self.zero_stage == 3
-        return add_adapter(model, peft, seed=self.stage.seed, zero3=zero3, task=TaskType.SEQ_CLS)
+        adapted = add_adapter(model, peft, seed=self.stage.seed, zero3=zero3, task=task)
+        if peft.method is not PeftMethod.none:
+            say(f"{self.context.stage_name}: {trained_words(self, adapted)}", active=self.context.runtime.is_main)
+            if peft.init is AdapterStart.pissa and self.context.runtime.is_main:
+                keep_start(adapted, self.context.stage_dir)
+        return adapted
 
 
 def open_session(stage: StageConfig, context: RunContext) -> Session:
@@ -138,7 +161,10 @@ def open_session(stage: StageConfig, context: RunContext) -> Session:
     )  # fmt: skip
     session.peak, session.planned_bytes = Peak.begin(run.device), planned_bytes(context, prepared, zero_stage)
     session.resume_from = _checkpoint_to_resume(session)
-    session.callbacks = [session.stop, checkpoints.SealCheckpoint(run.is_main, _identity(session))]
+    session.adapter = AdapterCallbacks(config.peft, deepspeed=zero_stage is not None, main=run.is_main)
+    session.adapter.resume_from = session.resume_from
+    seal = checkpoints.SealCheckpoint(run.is_main, _identity(session))
+    session.callbacks = [session.stop, *session.adapter.callbacks, seal]
     if asked_for(stage):
         session.best = Best(context.stage_name, stage, active=run.is_main, alert=wandb_run.alert)
         if not len(prepared.held_out) and not isinstance(stage, PPOStage):

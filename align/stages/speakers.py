@@ -12,6 +12,7 @@ from align.generation.speakers import Speaker
 from align.generation.vllm_engine import Setting
 from align.generation.vllm_speaker import VllmSpeaker
 from align.models import load
+from align.models.adapters import saved
 from align.stages.context import RunContext
 from align.stages.rows import load_template
 from align.stages.session import input_digests
@@ -117,7 +118,7 @@ def load_speaker(config: SpeakerConfig, where: str, context: RunContext, seed: i
 def load_local(model: str, context: RunContext, *, seed: int, batch_size: int) -> LocalSpeaker:
     """A Hugging Face model in this process. seed: of the weights of `tiny-untrained`."""
     settings = context.config
-    loaded = load.load_model(model, settings.model, _dtype(context), seed=seed).to(context.runtime.device)
+    loaded = saved.load_speaker(model, settings.model, _dtype(context), seed=seed).to(context.runtime.device)
     return LocalSpeaker(loaded, load_template(settings, model), name=local_name(model), batch_size=batch_size)
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -97,6 +98,7 @@ def _take_best(session: Session, trainer: SurvivingTrainer) -> None:
     session.kept_step = state.best_global_step
     if session.kept_step != state.global_step:
         trainer._load_best_model()
+        session.adapter.take_up(trainer.model, Path(state.best_model_checkpoint))
     say(
         f"{name}: the policy is that of step {session.kept_step}, where {session.best.where()}: "
         f"{state.best_metric:.4f}",
@@ -137,6 +139,8 @@ def _manifest(session: Session, steps: int, outputs: list[str], figures: Mapping
     kept = {} if session.kept_step is None else {"kept_step": float(session.kept_step)}
     if session.best is not None and session.best.stopped:
         kept["stopped_early"] = 1.0
+    if session.adapter is not None and session.adapter.ranks is not None:
+        kept |= session.adapter.ranks.figures()
     manifest = Manifest(
         stage=context.stage_name,
         config=record,

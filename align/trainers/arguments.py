@@ -39,10 +39,18 @@ def accumulation_steps(stage: StageConfig, world_size: int) -> int:
 
 
 def trainer_arguments(
-    stage: StageConfig, machine: Machine, checkpoints: Path, *, log_every: int, evaluate: bool, judge_first: bool
+    stage: StageConfig,
+    machine: Machine,
+    checkpoints: Path,
+    *,
+    log_every: int,
+    evaluate: bool,
+    judge_first: bool,
+    paged: bool = False,
 ) -> dict[str, Any]:
     """Keyword arguments for transformers.TrainingArguments and its subclasses.
 
+    paged: optimizer states that bitsandbytes moves to main memory while a GPU is full.
     `evaluate` is whether held-out rows exist; `judge_first` is whether that comes before the next step, as at step 0.
     """
     saving = stage.save_every > 0
@@ -58,7 +66,7 @@ def trainer_arguments(
         "warmup_steps": stage.warmup_fraction,
         "weight_decay": stage.weight_decay,
         "max_grad_norm": stage.max_grad_norm,
-        "optim": "adamw_torch_fused" if machine.cuda else "adamw_torch",
+        "optim": "paged_adamw_32bit" if paged else "adamw_torch_fused" if machine.cuda else "adamw_torch",
         CHECKPOINTING: stage.activation_checkpointing,
         "seed": stage.seed,
         "data_seed": stage.seed,

@@ -20,6 +20,9 @@ def quiet_libraries() -> None:
     for name in ("DeepSpeed", "accelerate", "trl"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|trl|torch")
+    # Positions count from the virtual tokens on by themselves, which is what they are to do.
+    warnings.filterwarnings("ignore", message="Position ids are not supported for parameter efficient tuning")
+    warnings.filterwarnings("ignore", message="Paged optimizers are not supported on CPU")
 
 
 def quiet_trainer(trainer: Trainer) -> Trainer:

@@ -19,7 +19,9 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from align.config.errors import UserError
 from align.config.schema import Order, PretrainStage, SFTStage
+from align.models.adapters.quantised import is_quantised
 from align.models.layout import FLOOR, ROUNDING_SHARE, plain_model
+from align.models.peft import train_in_fp32
 from align.trainers.next_token import FIGURES, FUSED_OUTPUTS, row_sums, token_figures, trained_figures
 from align.trainers.nonfinite import poisoned
 from align.trainers.order import ordered_loader, sequence_lengths
@@ -71,6 +73,8 @@ def build_sft_trainer(
         processing_class=tokenizer,
         callbacks=callbacks,
     )
+    if is_quantised(plain_model(model)):
+        train_in_fp32(model)  # TRL has cast what is trained on 4 bits to bf16, in which small steps are lost
     if arguments.packing:
         trainer.add_callback(ProvePacking(trainer, stage_name))
     return trainer

@@ -104,7 +104,8 @@ def plan_stage(config: RunConfig, name: str, target: Target) -> StagePlan:
 
 def _model_lines(setup: Setup) -> list[str]:
     shape, start = setup.policy(), origin(setup.config, setup.stage.policy)
-    trained = f"adapters of {shape.adapter:,} trained" if shape.adapter else "all trained"
+    method = setup.config.peft.method.value
+    trained = f"peft={method} trains {shape.adapter:,} beside them" if shape.adapter else "all trained"
     lines = [f"{setup.name}", f"model    {start}: {shape.parameters:,} parameters, {trained}"]
     if isinstance(setup.stage, PPOStage):
         models = trained_models(setup)
@@ -112,6 +113,8 @@ def _model_lines(setup: Setup) -> list[str]:
             lines.append(f"         value model: {models[1].parameters:,} parameters, all trained")
         for name, frozen in frozen_models(setup).items():
             lines.append(f"         {name}: {frozen.parameters:,} parameters, read only")
+    if shape.quantised:
+        lines.append(f"         {shape.quantised:,} of them in 4 bits")
     if not shape.checked:
         lines.append("         activations of this model type are not checked; they may be twice what is counted")
     return lines

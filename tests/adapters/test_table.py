@@ -1,0 +1,97 @@
+"""Every method in every stage, sharded or not, with and without checkpointing and packing: works, or is refused.
+
+docs/adapters.md has the table that this makes, with ALIGN_SLOW_TESTS=1 ALIGN_WRITE_TABLE=1.
+"""
+
+import os
+from importlib.util import find_spec
+from itertools import product
+from pathlib import Path
+
+import pytest
+
+from tests.adapters.cells import METHODS, SHARDINGS, STAGES, Cell, outcome
+from tests.launching import REPO, slow
+
+DOCS = REPO / "docs" / "adapters.md"
+BEGIN, END = "<!-- table -->", "<!-- end of table -->"
+COLUMNS = tuple(product(SHARDINGS, (False, True)))
+needs_bitsandbytes = pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
+QUICK = (
+    Cell("bottleneck", "dpo"),
+    Cell("prompt", "reward"),
+    Cell("adalora", "sft", packed=False),
+    Cell("ia3", "reward"),
+    Cell("dora", "sft", checkpointing=True),
+)
+REFUSED = {
+    Cell("prompt", "sft"): "in front of a row, not of each sequence packed into it",
+    Cell("prefix", "sft", packed=False, checkpointing=True): "which checkpointing drops",
+    Cell("prefix", "ppo"): "use lora, dora, qlora, ia3 or bottleneck",
+    Cell("adalora", "dpo", "zero2"): "add deepspeed=none",
+    Cell("qlora", "dpo", "zero3"): "cannot share out weights of 4 bits",
+}
+
+
+@pytest.mark.parametrize("cell", QUICK, ids=str)
+def test_a_cell_works(cell, tmp_path):
+    assert outcome(cell, tmp_path / "cell").startswith("works")
+
+
+@pytest.mark.parametrize("cell", REFUSED, ids=str)
+def test_a_cell_is_refused_in_one_line(cell, tmp_path):
+    assert REFUSED[cell] in outcome(cell, tmp_path / "cell")
+
+
+def rows() -> list[tuple[str, str, bool]]:
+    """Method, stage, packed: the rows of the table."""
+    return [(m, s, packed) for m, s in product(METHODS, STAGES) for packed in (True, False)]
+
+
+@slow
+@needs_bitsandbytes
+@pytest.mark.timeout(7200)
+def test_the_table_of_the_docs_is_what_happens(tmp_path):
+    found = {}
+    for number, (row, (sharding, checkpointing)) in enumerate(product(rows(), COLUMNS)):
+        method, stage, packed = row
+        cell = Cell(method, stage, sharding, checkpointing, packed)
+        found[row, sharding, checkpointing] = outcome(cell, tmp_path / str(number))
+    table = as_markdown(found)
+    if os.environ.get("ALIGN_WRITE_TABLE"):
+        before, _, rest = DOCS.read_text().partition(BEGIN)
+        DOCS.write_text(f"{before}{BEGIN}\n{table}\n{END}{rest.partition(END)[2]}")
+    assert table in DOCS.read_text()
+
+
+def as_markdown(found: dict) -> str:
+    """The table, and under it the refusals that its letters stand for."""
+    refusals: list[str] = []
+    head = ["method", "stage", "rows", *(f"{s}{', checkpointing' if c else ''}" for s, c in COLUMNS)]
+    lines = [" | ".join(["", *head, ""]).strip(), "|" + "---|" * len(head)]
+    for row in rows():
+        method, stage, packed = row
+        cells = [shown(found[row, sharding, c], refusals) for sharding, c in COLUMNS]
+        lines.append("| " + " | ".join([method, stage, "packed" if packed else "padded", *cells]) + " |")
+    notes = [f"* **{letter(place)}** {refusal}" for place, refusal in enumerate(refusals)]
+    return "\n".join([*lines, "", *notes])
+
+
+def shown(result: str, refusals: list[str]) -> str:
+    """A cell's words: what works, or the letter of its refusal."""
+    if result.startswith("works"):
+        return result.removeprefix("works, ") if "," in result else "works"
+    if result not in refusals:
+        refusals.append(result)
+    return f"**{letter(refusals.index(result))}**"
+
+
+def letter(place: int) -> str:
+    """a, b, c ..., z, aa ..."""
+    return chr(ord("a") + place) if place < 26 else "a" + chr(ord("a") + place - 26)
+
+
+def test_the_docs_have_a_row_for_everything_that_can_be_asked_for():
+    text = Path(DOCS).read_text()
+    for method, stage, packed in rows():
+        assert f"| {method} | {stage} | {'packed' if packed else 'padded'} |" in text
