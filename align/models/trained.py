@@ -11,8 +11,9 @@ from torch import nn
 from align import artifacts
 from align.artifacts import Manifest
 from align.config.errors import UserError
-from align.config.schema import ModelConfig
-from align.models.load import is_adapter, load_model, resolve_model
+from align.config.schema import ModelConfig, PeftMethod
+from align.models.adapters import bottleneck  # noqa: F401  PEFT learns of the method
+from align.models.load import NEVER_WHOLE, is_adapter, load_model, resolve_model
 
 ADAPTER_CONFIG = "adapter_config.json"
 POLICY, ADAPTER = "policy", "adapter"
@@ -51,9 +52,17 @@ def trained_model(policy: str) -> Trained:
     if is_adapter(folder):
         return Trained(policy, False, folder, _base(folder, manifest), manifest)
     beside = folder.parent / ADAPTER
+    if trained_in_4_bits(manifest):
+        # The adapter fits a base in 4 bits; the policy is that base, de-quantised, with the adapter merged in.
+        return Trained(policy, True, manifest=manifest)
     if manifest is not None and folder.name == POLICY and (beside / ADAPTER_CONFIG).is_file():
         return Trained(policy, True, beside, _base(beside, manifest), manifest)
     return Trained(policy, True, manifest=manifest)
+
+
+def trained_in_4_bits(manifest: Manifest | None) -> bool:
+    """Whether a stage trained an adapter on a base in 4 bits."""
+    return manifest is not None and manifest.config.get("peft", {}).get("method") == PeftMethod.qlora.value
 
 
 def load_trained(trained: Trained, model: ModelConfig, dtype: torch.dtype) -> nn.Module:
@@ -62,6 +71,11 @@ def load_trained(trained: Trained, model: ModelConfig, dtype: torch.dtype) -> nn
         return load_model(trained.policy, model, dtype, seed=trained.seed).eval()
     base = load_model(str(trained.base), model, dtype, seed=trained.seed)
     return PeftModel.from_pretrained(base, str(trained.adapter)).eval()
+
+
+def merges(adapter: Path) -> bool:
+    """Whether the base's weights can take an adapter up."""
+    return json.loads((adapter / ADAPTER_CONFIG).read_text(encoding="utf-8")).get("peft_type") not in NEVER_WHOLE
 
 
 def _base(adapter: Path, manifest: Manifest | None) -> str:
