@@ -128,6 +128,7 @@ LIMITS: dict[str, Limit] = {
     "best.*price": NOT_NEGATIVE,
     "best.rows": AT_LEAST_ONE,
     "best.max_new_tokens": AT_LEAST_ONE,
+    "best.judge.speaker.max_tokens": AT_LEAST_ONE,
     "best.batch_size": AT_LEAST_ONE,
     "stages.reward.label_smoothing": BELOW_HALF,
     "stages.reward.centring_weight": NOT_NEGATIVE,

@@ -145,10 +145,8 @@ def test_training_ends_when_nothing_better_comes_and_the_alert_says_so(tmp_path,
     metrics = read_manifest(tmp_path / "run/sft").metrics
     assert (metrics["kept_step"], metrics["stopped_early"], metrics["after/helpful"]) == (2.0, 1.0, 0.7)
     assert read_manifest(tmp_path / "run/sft").steps == 4
-    words = (
-        "stopped at step 4: the share of helpful replies was not better than the 0.7 of step 2 "
-        "in 2 evaluations in a row"
-    )
+    words = "stopped at step 4: the share of helpful replies was not better than the 0.7 of step 2 in 2 evaluations"
+    words += " in a row"
     said = capsys.readouterr().err
     assert (
         f"sft: {words}" in said and "policy is that of step 2, where the share of helpful replies was highest" in said
