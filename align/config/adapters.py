@@ -58,7 +58,8 @@ def refuse_adapter(config: RunConfig) -> None:
     for name in config.run:
         stage = getattr(config.stages, name, None)
         if isinstance(stage, StageConfig):
-            _refuse_sharding(config)
+            settings = config.deepspeed
+            refuse_sharding(peft, settings.stage if settings.mode is ZeroChoice.zero else None)
             _refuse_stage(peft, name, stage)
 
 
@@ -90,14 +91,13 @@ def _refuse_settings(peft: PeftConfig) -> None:
         )
 
 
-def _refuse_sharding(config: RunConfig) -> None:
-    peft, settings = config.peft, config.deepspeed
-    zero = settings.mode is ZeroChoice.zero
-    if peft.method is PeftMethod.adalora and zero:
+def refuse_sharding(peft: PeftConfig, stage: int | None) -> None:
+    """Raises: UserError if a method does not go with a ZeRO stage (None: plain PyTorch), asked for or chosen."""
+    if peft.method is PeftMethod.adalora and stage is not None:
         raise UserError(
             "peft=adalora takes ranks by the gradients of a step, which DeepSpeed has freed by then; add deepspeed=none"
         )
-    if not (zero and settings.stage == 3):
+    if stage != 3:
         return
     if peft.method is PeftMethod.qlora:
         raise UserError("peft=qlora: ZeRO-3 cannot share out weights of 4 bits; use deepspeed=zero2 or none")

@@ -11,6 +11,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from align import artifacts
 from align.artifacts import Manifest
+from align.config.adapters import refuse_sharding
 from align.config.best import asked_for
 from align.config.errors import UserError
 from align.config.schema import AdapterStart, PeftMethod, PPOStage, StageConfig
@@ -183,6 +184,7 @@ def _zero_stage(context: RunContext, prepared: Prepared) -> int | None:
     run, name = context.runtime, context.stage_name
     choice = session_choice(context, prepared)
     chosen = choice.sharding.stage
+    refuse_sharding(context.config.peft, chosen)
     if run.world_size > 1:
         words = "no DeepSpeed" if chosen is None else f"ZeRO-{chosen}"
         say(f"{name}: {run.world_size} ranks, {words} ({choice.reason})", active=run.is_main)

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from align import cli
 from align.config.schema import ModelConfig
+from align.distributed import runtime
 from align.models.adapters.saved import load_scorer, load_speaker
 from align.models.load import load_model
 from align.models.reward import load_reward_model
@@ -24,7 +25,7 @@ from tests.stages.runs import write_pairs
 
 METHODS = ("lora", "qlora", "dora", "adalora", "ia3", "prefix", "prompt", "ptuning", "bottleneck")
 STAGES = ("sft", "dpo", "reward", "ppo")
-SHARDINGS = ("none", "zero2", "zero3")
+VIRTUAL = ("prefix", "prompt", "ptuning")
 ROUNDING = 2e-4
 """Of logits and scores, relative to the largest: merged weights add up in another order."""
 IDS = torch.randint(5, 200, (2, 24), generator=torch.Generator().manual_seed(0))
@@ -41,7 +42,7 @@ class Cell:
     packed: bool = True
 
     def command(self, folder: Path) -> list[str]:
-        """Six steps, or two updates of PPO, on forty pairs in plain words."""
+        """Four steps, or two updates of PPO, on forty pairs in plain words."""
         stage = f"stages.{self.stage}"
         words = [
             f"+recipe={self.stage}", f"peft={self.method}", f"deepspeed={self.sharding}", "precision=fp32",
@@ -62,10 +63,11 @@ class Cell:
             words += [f"data.prompts={prompts}", "stages.ppo.rewards.preference=null"]
             words.append("stages.ppo.rewards.mine={function: 'tests.adapters.cells:vowels'}")
         else:
-            words += [f"{stage}.max_steps=6", f"data.preferences={write_pairs(folder)}"]
+            words += [f"{stage}.max_steps=4", f"{stage}.batch_size=8", f"{stage}.micro_batch_size=8"]
+            words += [f"data.preferences={write_pairs(folder)}"]
         if self.stage == "sft":
             words += [f"data.demonstrations={folder}/pairs.jsonl", f"{stage}.packing={str(self.packed).lower()}"]
-            words += [] if self.packed else [f"{stage}.batch_size=8", f"{stage}.micro_batch_size=8"]
+            words += [f"{stage}.batch_size=1", f"{stage}.micro_batch_size=1"] if self.packed else []
         elif not self.packed:
             words.append(f"{stage}.layout=padded")
         given = {word.partition("=")[0]: word for word in words}  # what comes later counts
@@ -83,6 +85,8 @@ def outcome(cell: Cell, folder: Path, *more: str) -> str:
     said, seen = io.StringIO(), {}
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
         _watch(patch, seen)
+        # DeepSpeed joins a process group once in a process; the next cell takes the same one.
+        patch.setattr(runtime, "stop", lambda: None)
         code = cli.main([*cell.command(folder), *more])
     text = said.getvalue()
     if code:
@@ -106,7 +110,7 @@ def _watch(patch: pytest.MonkeyPatch, seen: dict[str, torch.Tensor]) -> None:
     save, save_actor = training.save_model, saving_actor.save_actor
 
     def note(session: Any, trainer: Any, *rest: Any) -> Any:
-        model = trainer.model_wrapped.eval()
+        model = trainer.model.eval()
         with torch.no_grad():
             seen["logits"] = read(model, IDS)
         return save(session, trainer, *rest)
