@@ -154,6 +154,8 @@ class Started:
         """The line that tells a person what happened: ours if there is one, else the last error."""
         lines = [line.strip() for line in re.split(r"[\r\n]", self.log.read_text(errors="replace")) if line.strip()]
         ours = [line for line in lines if line.startswith("align: ")]
+        # A launcher that ends the other ranks makes them say so after the one that is lost was named.
+        ours = [line for line in ours if line.startswith("align: rank ")] or ours
         errors = [line for line in lines if re.search(r"Error: |exits with return code|\[Rank \d\]", line)]
         found = (ours or errors or lines or ["nothing"])[-1]
         found = found.replace(str(self.run.folder.parent), "DIR").replace(f"({socket.gethostname()}, ", "(HOST, ")
