@@ -16,7 +16,7 @@ FILES = sorted(listing.conf_dir().rglob("*.yaml")) + sorted((listing.conf_dir() 
 
 
 def test_the_promised_recipes_are_there():
-    assert {"pretrain", "sft", "dpo", "sft_dpo"} <= set(RECIPES)
+    assert {"pretrain", "sft", "dpo", "sft_dpo", "export", "classify", "chat"} <= set(RECIPES)
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

@@ -10,6 +10,8 @@ from align.verbs.plan_training import disk_lines, plan_stage
 UNPLANNED = {
     "score": "trains nothing; it takes the reward model's weights and one batch",
     "evaluate": "trains nothing; it takes the weights of one model after the other",
+    "classify": "trains nothing; it takes the weights of one model after the other",
+    "export": "trains nothing; it takes the weights of one model, and writes them once more",
 }
 TRUST = """\
 how far to trust it: model states are exact counts; activations were within 18 % of what autograd keeps, for the model

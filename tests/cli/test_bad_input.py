@@ -142,7 +142,7 @@ def one_token_too_many(folder: Path) -> None:
 BAD_MODEL = {
     "no folder": (shutil.rmtree, "no such folder, and not a hub id (organisation/model); did you mean {near}?"),
     "no config": (keep_out("config.json"), "no config.json in it; give a folder written by save_pretrained"),
-    "an adapter": (only_an_adapter, "an adapter, not a whole model; train it without peft.keep_adapter"),
+    "an adapter": (only_an_adapter, "an adapter, not a whole model; merge it with +recipe=export model.path="),
     "no tokenizer": (
         keep_out("tokenizer.json", "tokenizer_config.json"),
         "no tokenizer in it; save the model's tokenizer there with tokenizer.save_pretrained",
