@@ -3,6 +3,9 @@
 https://man7.org/linux/man-pages/man5/proc_pid_status.5.html (VmRSS, VmHWM), proc_pid_clear_refs.5 (5 resets VmHWM).
 """
 
+import contextlib
+import ctypes
+import gc
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +27,7 @@ class Peak:
         """Start counting anew; of other counters of this process too."""
         if device.startswith("cuda"):
             torch.cuda.reset_peak_memory_stats(device)
+        _give_back()
         try:
             RESET.write_text("5")
         except OSError:  # then the peak is that of the whole process
@@ -37,6 +41,13 @@ class Peak:
         if self.device.startswith("cuda"):
             return {"peak_bytes": float(torch.cuda.max_memory_allocated(self.device)), "host_bytes": host}
         return {"peak_bytes": max(host - self.before, 0.0), "host_bytes": host}
+
+
+def _give_back() -> None:
+    """Have the C library return what was freed, so that memory which is taken again counts; elsewhere than glibc no."""
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def _status(name: str) -> float:

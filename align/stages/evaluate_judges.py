@@ -19,6 +19,7 @@ from align.data.records import Message, PromptRow, RowRefused
 from align.generation.speakers import Failed, Said, Speaker
 from align.models.reward import check_reward_model
 from align.stages.context import RunContext
+from align.stages.evaluate_models import ROWS_TOGETHER
 from align.stages.evaluate_parts import Parts
 from align.stages.rows import load_template
 from align.stages.scoring import answer_scores
@@ -136,22 +137,23 @@ def _reward_scores(
 ) -> dict[str, list[float | None]]:
     path = str(stage.judge.reward_model)
     template = load_template(context.config, path)
-    names = list(replies)
-    rows, places = [], []
-    for name in names:
-        for place, (row, reply) in enumerate(zip(prompts, replies[name], strict=True)):
+    found: dict[str, list[float | None]] = {name: [None] * len(prompts) for name in replies}
+    # Equal replies are scored once: in two batches their scores would differ in the last digits, and one would win.
+    places: dict[tuple[int, str], list[str]] = {}
+    for name, said in replies.items():
+        for place, reply in enumerate(said):
             if isinstance(reply, Said):
-                rows.append((row.messages, (Message("assistant", reply.text),), row.tools))
-                places.append((name, place))
-    found: dict[str, list[float | None]] = {name: [None] * len(prompts) for name in names}
-    encoded = list(template.encode_trees(rows))
-    sound = [(at, one) for at, one in zip(places, encoded, strict=True) if not isinstance(one, RowRefused)]
+                places.setdefault((place, reply.text), []).append(name)
+    rows = [(prompts[place].messages, (Message("assistant", text),), prompts[place].tools) for place, text in places]
+    encoded = zip(places.items(), template.encode_trees(rows), strict=True)
+    sound = [(at, names, one) for (at, names), one in encoded if not isinstance(one, RowRefused)]
     scores = answer_scores(
-        path, [Tree(prompt, answers) for _, (prompt, answers) in sound], context,
-        pad_token_id=template.tokenizer.pad_token_id or 0, micro_batch_size=stage.batch_size,
+        path, [Tree(prompt, answers) for *_, (prompt, answers) in sound], context,
+        pad_token_id=template.tokenizer.pad_token_id or 0, micro_batch_size=ROWS_TOGETHER,
     )  # fmt: skip
-    for ((name, place), _), [score] in zip(sound, scores, strict=True):
-        found[name][place] = score if np.isfinite(score) else None
+    for ((place, _), names, _), [score] in zip(sound, scores, strict=True):
+        for name in names:
+            found[name][place] = score if np.isfinite(score) else None
     return found
 
 

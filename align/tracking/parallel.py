@@ -18,6 +18,7 @@ LOGARITHMIC_FROM = 20.0
 STYLE = """
 svg .axis { stroke: var(--soft); } svg .way { fill: none; stroke: var(--soft); stroke-opacity: .45; stroke-width: 1.5; }
 svg .way.first { stroke: var(--accent); stroke-opacity: 1; stroke-width: 3; }
+figure.scroll svg { max-width: none; }
 svg text.value { paint-order: stroke; stroke: var(--paper); stroke-width: 3px; }
 """
 
@@ -34,13 +35,14 @@ def parallel_plot(axes: Mapping[str, Sequence[Any]], best: int) -> str:
         kind = "way first" if run == best else "way"
         parts.append(f'<path class="{kind}" d="M{"L".join(points)}"/>' if len(points) > 1 else "")
     for n, (name, values) in enumerate(axes.items()):
-        parts += _axis(LEFT + gap * n, name, values, places[n])
+        parts += _axis(LEFT + gap * n, name, values, places[n], last=n == len(axes) - 1)
     says = escape(f"runs by {', '.join(axes)}", quote=True)
     opening = f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" role="img" aria-label="{says}">'
     return "".join([opening, *parts, "</svg>"])
 
 
-def _axis(x: float, name: str, values: Sequence[Any], places: Sequence[float | None]) -> list[str]:
+def _axis(x: float, name: str, values: Sequence[Any], places: Sequence[float | None], *, last: bool) -> list[str]:
+    """last: its values are written on the outer side, where no line runs."""
     parts = [f'<line class="axis" x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>']
     # The end of a dotted key says most, and its beginning is the same in most of them.
     short = name.rsplit(".", 1)[-1].rsplit(": ", 1)[-1]
@@ -49,10 +51,10 @@ def _axis(x: float, name: str, values: Sequence[Any], places: Sequence[float | N
     shown = sorted(known)
     if len(shown) > MOST_LABELS:
         shown = [shown[round(n * (len(shown) - 1) / (MOST_LABELS - 1))] for n in range(MOST_LABELS)]
+    side, anchor = (6, "start") if last else (-6, "end")
     for at in shown:
-        parts.append(
-            f'<text class="value" x="{x - 6:.1f}" y="{at + 4:.1f}" text-anchor="end">{escape(_words(known[at]))}</text>'
-        )
+        where = f'x="{x + side:.1f}" y="{at + 4:.1f}" text-anchor="{anchor}"'
+        parts.append(f'<text class="value" {where}>{escape(_words(known[at]))}</text>')
     return parts
 
 

@@ -12,9 +12,11 @@ RANKED_BY = (
     ("evaluated: win.rate", 1),
     ("evaluated: helpful", 1),
     ("score of held-out prompts", 1),
+    ("reward accuracy", 1),
     ("held-out loss", -1),
 )
-"""How figures end by which runs are ranked, the first that all have; 1: more is better."""
+"""How figures end by which runs are ranked, the first that all have; 1: more is better. A loss comes last: with another
+beta or another objective it is another loss."""
 NOT_A_SETTING = ("run_dir", "cache_dir", "do", "out", "report", "plan", "launch", "log")
 
 

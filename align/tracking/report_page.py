@@ -261,7 +261,8 @@ def _speed(run: RunFolder) -> list[str]:
     says = (
         "Memory of the rank that took most. Planned: of its device, by the formulas of do=plan. Taken: on a GPU what "
         "torch had allocated at most; on a CPU what main memory grew by from the start of the stage, libraries that "
-        "were loaded meanwhile included. Speed is measured only; do=plan foresees none."
+        "were loaded meanwhile included, what an earlier stage had left to it not. Speed is measured only: do=plan "
+        "foresees none."
     )
     headers = ["stage", "tokens a second, median", "steps", "ranks", "sharding", "planned", "taken", "whole process"]
     return [f'<p class="soft">{says}</p>', table(headers, rows)]

@@ -42,7 +42,7 @@ def run_folders(config: RunConfig) -> list[Path]:
     key = "report.runs" if config.report.runs else "run_dir"
     for name in config.report.runs or [config.run_dir]:
         place = Path(name).expanduser()
-        matched = [place] if place.exists() else [Path(path) for path in sorted(glob(str(place)))]
+        matched = [place] if place.exists() else [path for path in map(Path, sorted(glob(str(place)))) if path.is_dir()]
         if not matched:
             raise UserError(f"{key}: {name}: no such folder; run the chain first")
         complete = [path for path in matched if any(path.glob(f"*/{MANIFEST}"))]

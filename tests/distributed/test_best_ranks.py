@@ -39,6 +39,8 @@ def test_two_ranks_measure_what_one_does(folder, name, alone):
     assert {"eval_win_rate", "eval_garbled"} <= set(measured) if name.endswith("win") else "eval_kl" in measured
     for now, then in zip(found, expected, strict=True):
         assert {key: now[key] for key in measured} == pytest.approx({key: then[key] for key in measured}, abs=2e-3)
+    if name.endswith("win"):
+        assert found[0]["eval_win_rate"] == 0.5, "before the first step every reply is the baseline's"
     replies = [read_samples(folder / way / "sft/samples.jsonl") for way in (name, alone)]
     assert replies[0][:9] == replies[1][:9], "before the first step the policy is the same to the last bit"
 

@@ -12,6 +12,7 @@ from align.config.schema import Layout, ModelConfig, PeftConfig, PeftMethod
 from align.data.forest import Tree, lay_out
 from align.distributed import memory
 from align.distributed.memory import AUTOCAST, FP32, GIB, HALF, HALF_BASE, Batch, Need, Shape, Sharding
+from align.distributed.peak import STATUS, Peak
 from align.losses.logprobs import token_logps
 from align.models.actor_critic import read_tokens
 from align.models.layout import attach, plain_model, scored_logits
@@ -274,3 +275,17 @@ def test_a_causal_model_of_transformers_has_the_parameters_that_are_counted():
 
     loaded = AutoModelForCausalLM.from_pretrained(resolve_model("tiny-sft"))
     assert shape.parameters == loaded.num_parameters()
+
+
+def test_the_peak_of_a_process_is_counted_from_its_beginning_and_not_from_an_earlier_one():
+    if not STATUS.exists():
+        pytest.skip("no /proc here")
+    large = bytearray(200 * 2**20)
+    del large
+    quiet = Peak.begin("cpu").taken()
+    counting = Peak.begin("cpu")
+    held = bytearray(64 * 2**20)
+    held[:: 2**12] = b"x" * len(held[:: 2**12])
+    taken = counting.taken()
+    assert 60 * 2**20 < taken["peak_bytes"] < 100 * 2**20 and quiet["peak_bytes"] < 20 * 2**20
+    assert taken["host_bytes"] >= taken["peak_bytes"] + counting.before - 2**20

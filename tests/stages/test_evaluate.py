@@ -27,6 +27,7 @@ from align.models.load import load_model, load_tokenizer
 from align.stages import evaluate, evaluate_judges, evaluate_models
 from align.stages.context import RunContext
 from align.tracking.evaluate_page import evaluate_page
+from tests.distributed.test_ppo_ranks import make_reward_model
 
 DATA = DataConfig(
     prompts="tiny:prompts", preferences="tiny:preferences", text="tiny:text", demonstrations="tiny:demonstrations",
@@ -240,3 +241,14 @@ def test_the_page_escapes_what_models_say_and_marks_what_failed(whole):
     samples = [{"prompt": [{"role": "user", "content": "<b>?"}], "replies": {"base": "<script>", "sft": None}}]
     page = evaluate_page(numbers(whole), samples, "t <1>")
     assert "<script>" not in page and "&lt;script&gt;" in page and "(no reply)" in page and "t &lt;1&gt;" in page
+
+
+def test_replies_that_are_the_same_are_no_win_whatever_batches_a_reward_model_scores_them_in(tmp_path):
+    rewarding = tmp_path / "reward_model"
+    make_reward_model(rewarding)
+    judge = JudgeConfig(kind=JudgeKind.reward, reward_model=str(rewarding))
+    models = {"base": "tiny-sft", "again": "tiny-sft", "other": "tiny-base"}
+    some = {"kl_prompts": 0, "max_pairs": 0, "max_texts": 0, "max_prompts": 7}
+    found = numbers(evaluated(tmp_path / "run", stage(judge=judge, models=models, **some)))["models"]
+    assert found["again"]["win"]["rate"]["mean"] == 0.5 and found["again"]["win"]["ties"] == 21
+    assert found["other"]["win"]["rate"]["mean"] != 0.5

@@ -6,9 +6,10 @@ from types import SimpleNamespace
 
 import pytest
 
+from align.config.schema import SFTStage
+from align.trainers.best import Best
 from align.trainers.checkpoints import (
     SEAL,
-    KeepBest,
     SealCheckpoint,
     checkpoint_step,
     newest_good,
@@ -165,8 +166,10 @@ def test_an_evaluation_is_owed_where_the_run_was_stopped_before_it(tmp_path):
 
 
 def test_the_best_evaluation_is_saved_and_one_that_is_no_number_or_no_better_is_not(tmp_path):
-    callback, saved = KeepBest(), []
-    state = SimpleNamespace(global_step=0, best_metric=None, best_global_step=None, best_model_checkpoint=None)
+    callback, saved = Best("sft", SFTStage(keep_best=True), active=False, alert=lambda *_: None), []
+    state = SimpleNamespace(
+        global_step=0, best_metric=None, best_global_step=None, best_model_checkpoint=None, log_history=[]
+    )
     for step, loss in ((0, 0.1), (2, float("nan")), (4, 3.0), (6, 2.0), (8, 2.5), (10, 2.0)):
         control = SimpleNamespace(should_save=False)
         state.global_step = step
