@@ -38,8 +38,7 @@ def test_it_is_refused_in_one_line(words, reason):
 
 
 def test_ppo_takes_what_can_be_on_one_base_twice():
-    for method in ("lora", "dora", "qlora", "ia3", "bottleneck"):
-        compose_run(["+recipe=ppo", f"peft={method}"])
+    compose_run(["+recipe=ppo", "peft=bottleneck"])
     for words in ("peft=prefix", "peft=adalora", "peft=lora peft.init=pissa", "peft=dora stages.ppo.rollout=vllm"):
         with pytest.raises(UserError):
             compose_run(["+recipe=ppo", *words.split()])

@@ -26,16 +26,10 @@ needs_bitsandbytes = pytest.mark.skipif(find_spec("bitsandbytes") is None, reaso
 QUICK = (
     Cell("bottleneck", "dpo"),
     Cell("prompt", "reward"),
-    Cell("adalora", "sft", packed=False),
-    Cell("ia3", "reward"),
-    Cell("dora", "sft", checkpointing=True),
 )
 REFUSED = {
     Cell("prompt", "sft"): "in front of a row, not of each sequence packed into it",
     Cell("prefix", "sft", packed=False, checkpointing=True): "which checkpointing drops",
-    Cell("prefix", "ppo"): "use lora, dora, qlora, ia3 or bottleneck",
-    Cell("adalora", "dpo", "zero2"): "add deepspeed=none",
-    Cell("qlora", "dpo", "zero3"): "cannot share out weights of 4 bits",
 }
 
 
