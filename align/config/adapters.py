@@ -79,9 +79,11 @@ def _refuse_settings(peft: PeftConfig) -> None:
             "peft.keep_adapter=true: the adapter of qlora fits a base in 4 bits, which nobody would find beside it; "
             "leave keep_adapter out: adapter/ is kept beside the merged model anyway"
         )
-    for module, rank in peft.rank_pattern.items():
-        if rank < 1:
-            raise UserError(f"peft.rank_pattern: {module}: {rank}: a rank must be 1 or more")
+    if not isinstance(peft.rank_pattern or {}, dict):
+        raise UserError(f"peft.rank_pattern={peft.rank_pattern}: ranks by module were expected, such as {{q_proj: 32}}")
+    for module, rank in (peft.rank_pattern or {}).items():
+        if type(rank) is not int or rank < 1:
+            raise UserError(f"peft.rank_pattern: {module}: {rank}: a rank is a whole number of 1 or more")
     if peft.init is AdapterStart.loftq and peft.method is not PeftMethod.qlora:
         raise UserError("peft.init=loftq makes up for what 4 bits lose, and this base keeps its bits; use peft=qlora")
     if peft.init is AdapterStart.pissa and peft.method is not PeftMethod.lora:
@@ -141,6 +143,11 @@ def _refuse_ppo(peft: PeftConfig, stage: PPOStage) -> None:
         raise UserError(
             f"peft.init={peft.init.value}: PPO's reference is the base with adapters off, so they have to start from "
             "nothing; leave init out"
+        )
+    if stage.activation_checkpointing:
+        raise UserError(
+            f"stages.ppo.activation_checkpointing=true: with peft={peft.method.value} two adapters share a base, and a "
+            "layer would be computed again under the wrong one; turn it off, or set peft=none"
         )
     if stage.rollout is RolloutEngine.vllm and peft.method is not PeftMethod.lora:
         raise UserError("stages.ppo.rollout=vllm folds only LoRA into its weights; use peft=lora, or rollout=hf")

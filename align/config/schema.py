@@ -378,7 +378,7 @@ class PeftConfig:
     """Scale by alpha / sqrt(r), which lets large ranks learn (rsLoRA, arXiv:2312.03732)."""
     init: AdapterStart = AdapterStart.default
     """default | pissa (arXiv:2404.02948) | loftq, for qlora (arXiv:2310.08659)"""
-    rank_pattern: Dict[str, int] = field(default_factory=dict)
+    rank_pattern: Any = None
     """Module name -> its rank where it is not r: {q_proj: 32, layers.0.mlp.down_proj: 4}."""
     final_r: int = 8
     """adalora: average rank at the end, reached by taking ranks from where they matter least."""

@@ -33,9 +33,8 @@ def broken_off(folder, words, monkeypatch) -> None:
             run(folder, *words)
 
 
-@pytest.mark.parametrize(
-    "method", ["adalora", *(pytest.param(name, marks=slow) for name in METHODS if name != "adalora")]
-)
+@slow
+@pytest.mark.parametrize("method", METHODS)
 def test_an_adapter_goes_on_from_its_checkpoint_bit_for_bit(method, tmp_path, monkeypatch):
     words = (*SHORT, f"peft={method}", *METHODS[method])
     for name in ("whole", "broken"):

@@ -72,6 +72,7 @@ def test_no_stage_trains_on_from_it(policy, tmp_path):
         run(tmp_path, "run=[dpo]", f"stages.dpo.policy={policy}")
 
 
+@slow
 def test_evaluate_asks_it(policy, tmp_path):
     words = [
         "+recipe=evaluate", f"run_dir={tmp_path}/run", f"cache_dir={tmp_path}/cache", "precision=fp32",

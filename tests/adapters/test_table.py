@@ -15,26 +15,21 @@ from tests.launching import REPO, slow
 DOCS = REPO / "docs" / "adapters.md"
 BEGIN, END = "<!-- table -->", "<!-- end of table -->"
 COLUMNS = {
-    "packed": ("none", True),
-    "padded": ("none", False),
-    "zero2": ("zero2", None),
-    "zero3": ("zero3", None),
+    "packed": ("none", False, True),
+    "padded": ("none", False, False),
+    "checkpointing": ("none", True, None),
+    "zero2": ("zero2", False, None),
+    "zero3": ("zero3", False, None),
 }
-"""Head of a column -> sharding, and whether rows are packed; None: where they can be."""
+"""Head of a column -> sharding, checkpointing, and whether rows are packed; None: where they can be."""
 needs_bitsandbytes = pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
 QUICK = (
     Cell("bottleneck", "dpo"),
     Cell("prompt", "reward"),
-    Cell("adalora", "sft", packed=False),
-    Cell("ia3", "reward"),
-    Cell("dora", "sft", checkpointing=True),
 )
 REFUSED = {
     Cell("prompt", "sft"): "in front of a row, not of each sequence packed into it",
     Cell("prefix", "sft", packed=False, checkpointing=True): "which checkpointing drops",
-    Cell("prefix", "ppo"): "use lora, dora, qlora, ia3 or bottleneck",
-    Cell("adalora", "dpo", "zero2"): "add deepspeed=none",
-    Cell("qlora", "dpo", "zero3"): "cannot share out weights of 4 bits",
 }
 
 
@@ -48,17 +43,12 @@ def test_a_cell_is_refused_in_one_line(cell, tmp_path):
     assert REFUSED[cell] in outcome(cell, tmp_path / "cell")
 
 
-def rows() -> list[tuple[str, str, bool]]:
-    """Method, stage, checkpointing: the rows of the table."""
-    return list(product(METHODS, STAGES, (False, True)))
-
-
-def cells() -> dict[tuple[tuple[str, str, bool], str], Cell]:
-    """Row and column -> its cell, those of a sharding after each other: DeepSpeed is not started for the others."""
+def cells() -> dict[tuple[str, str, str], Cell]:
+    """Method, stage, column -> its cell; those without sharding first, because DeepSpeed stays once it is started."""
     return {
-        (row, head): Cell(row[0], row[1], sharding, row[2], row[0] not in VIRTUAL if packed is None else packed)
-        for head, (sharding, packed) in COLUMNS.items()
-        for row in rows()
+        (method, stage, head): Cell(method, stage, *how, method not in VIRTUAL if packed is None else packed)
+        for head, (*how, packed) in COLUMNS.items()
+        for method, stage in product(METHODS, STAGES)
     }
 
 
@@ -79,14 +69,14 @@ def write(table: str) -> None:
     DOCS.write_text(f"{before}{BEGIN}\n{table}\n{END}{rest.partition(END)[2]}")
 
 
-def as_markdown(found: dict) -> str:
+def as_markdown(found: dict[tuple[str, str, str], str]) -> str:
     """The table, and under it the refusals that its letters stand for."""
     refusals: list[str] = []
-    head = ["method", "stage", "checkpointing", *COLUMNS]
+    head = ["method", "stage", *COLUMNS]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    for method, stage, checkpointing in rows():
-        row = [shown(found[(method, stage, checkpointing), column], refusals) for column in COLUMNS]
-        lines.append("| " + " | ".join([method, stage, "on" if checkpointing else "off", *row]) + " |")
+    for method, stage in product(METHODS, STAGES):
+        row = [shown(found[method, stage, column], refusals) for column in COLUMNS]
+        lines.append("| " + " | ".join([method, stage, *row]) + " |")
     notes = [f"* **{letter(place)}** {refusal}" for place, refusal in enumerate(refusals)]
     return "\n".join([*lines, "", *notes])
 
@@ -107,5 +97,5 @@ def letter(place: int) -> str:
 
 def test_the_docs_have_a_row_for_everything_that_can_be_asked_for():
     text = DOCS.read_text()
-    for method, stage, checkpointing in rows():
-        assert f"| {method} | {stage} | {'on' if checkpointing else 'off'} |" in text
+    for method, stage in product(METHODS, STAGES):
+        assert f"| {method} | {stage} |" in text

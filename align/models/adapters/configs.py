@@ -36,7 +36,8 @@ def adapter_config(model: PreTrainedModel, peft: PeftConfig, task: TaskType) -> 
 
 def low_rank(model: PreTrainedModel, peft: PeftConfig, options: dict[str, Any]) -> LoraConfig:
     """LoRA; of qlora the base is another, of dora the scale. loftq comes later: it needs the weights of the base."""
-    _refuse_unknown_ranks(model, peft.rank_pattern)
+    ranks = dict(peft.rank_pattern or {})
+    _refuse_unknown_ranks(model, ranks)
     return LoraConfig(
         r=peft.r,
         lora_alpha=peft.alpha,
@@ -45,7 +46,7 @@ def low_rank(model: PreTrainedModel, peft: PeftConfig, options: dict[str, Any]) 
         use_rslora=peft.rank_stabilised,
         use_dora=peft.method is PeftMethod.dora,
         init_lora_weights=PISSA if peft.init is AdapterStart.pissa else True,
-        rank_pattern=dict(peft.rank_pattern),
+        rank_pattern=ranks,
         **options,
     )
 

@@ -5,6 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft.tuners.lora import LoraLayer
+from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -64,17 +66,52 @@ def dequantised(model: PreTrainedModel) -> PreTrainedModel:
     return whole
 
 
-def start_from_rounding(model: nn.Module, path: str) -> None:
-    """LoftQ: the adapters of a quantised model start from what rounding has taken off the weights (arXiv:2310.08659).
+@torch.no_grad()
+def start_from_rounding(model: nn.Module, folder: str) -> None:
+    """LoftQ on a base that is rounded already: each update starts as the best one of its rank for what rounding has
+    taken off the weight (arXiv:2310.08659, algorithm 1 with one step).
 
-    path: the folder of the weights. Raises: UserError if they are not one safetensors file, the only kind PEFT reads.
+    PEFT's own does it on a GPU alone, from one file alone, and without the scale of the update (peft 0.21.2).
+    folder: of the exact weights. Raises: UserError if they are not there as safetensors, under the model's names.
     """
-    from peft import replace_lora_weights_loftq
+    exact = _Weights(folder)
+    for name, layer in model.named_modules():
+        if isinstance(layer, LoraLayer) and _is_packed(layer.get_base_layer()):
+            base = layer.get_base_layer()
+            lost = exact[name.removeprefix("base_model.model.") + ".weight"].to(base.weight.device).float()
+            lost -= _whole(base.weight)
+            left, size, right = torch.linalg.svd(lost, full_matrices=False)
+            for adapter in layer.active_adapters:
+                r, scale = layer.r[adapter], layer.scaling[adapter]
+                root = (size[:r] / scale).sqrt()
+                layer.lora_A[adapter].weight.copy_(root[:, None] * right[:r])
+                layer.lora_B[adapter].weight.copy_(left[:, :r] * root)
 
-    files = sorted(Path(path).glob("*.safetensors")) if Path(path).is_dir() else []
-    if len(files) != 1:
-        raise UserError(
-            f"peft.init=loftq: {path} is no folder with one safetensors file, which PEFT reads the exact weights from; "
-            "save the model there as one file, or leave init out"
-        )
-    replace_lora_weights_loftq(model, model_path=str(files[0]))
+
+def _is_packed(layer: nn.Module) -> bool:
+    return type(getattr(layer, "weight", None)).__name__ == "Params4bit"
+
+
+def _whole(weight: Any) -> torch.Tensor:
+    from bitsandbytes.functional import dequantize_4bit
+
+    return dequantize_4bit(weight.data, weight.quant_state).float()
+
+
+class _Weights:
+    """Tensors of a model folder, read one at a time."""
+
+    def __init__(self, folder: str) -> None:
+        self.folder, self.files = folder, {}
+        for file in sorted(Path(folder).glob("*.safetensors")) if Path(folder).is_dir() else ():
+            with safe_open(file, framework="pt") as tensors:
+                self.files |= dict.fromkeys(tensors.keys(), file)
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        if name not in self.files:
+            raise UserError(
+                f"peft.init=loftq: {self.folder} has no safetensors with the exact {name} in it; save the model in a "
+                "folder with save_pretrained, or leave init out"
+            )
+        with safe_open(self.files[name], framework="pt") as tensors:
+            return tensors.get_tensor(name)
