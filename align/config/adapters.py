@@ -3,6 +3,7 @@
 Each refusal here stands for something that libraries let pass: docs/adapters.md has the table, made by trying.
 """
 
+from align.config.best import measured
 from align.config.errors import UserError
 from align.config.schema import (
     AdapterStart,
@@ -113,6 +114,11 @@ def _refuse_stage(peft: PeftConfig, name: str, stage: StageConfig) -> None:
         _refuse_ppo(peft, stage)
     if peft.method not in VIRTUAL_TOKENS:
         return
+    if measured(name, stage) is not None:
+        raise UserError(
+            f"stages.{name}.best_by={stage.best_by.value}: a policy with the virtual tokens of {method} is asked only "
+            "when it is complete; use best_by=loss"
+        )
     if isinstance(stage, SFTStage | PretrainStage) and stage.packing:
         raise UserError(
             f"{method} puts its virtual tokens in front of a row, not of each sequence packed into it; "

@@ -23,6 +23,7 @@ from align.losses.parity import parity
 from align.models.load import load_model, load_tokenizer, resolve_model
 from align.stages import export_push
 from tests.generation import stand_in_vllm
+from tests.launching import slow
 from tests.stages.runs import run
 
 LORA = ("peft=lora", "peft.r=4", "stages.sft.learning_rate=1e-2")
@@ -112,6 +113,21 @@ def test_what_was_compared_is_written_down_and_on_the_card(exported):
     assert "sha256 of the chat template" in card
     signed = {output["path"] for output in read_manifest(exported).outputs}
     assert {"model/config.json", "adapter/adapter_model.safetensors", "verification.json"} <= signed
+
+
+@slow
+@pytest.mark.parametrize("method", ["ia3", "bottleneck", "prompt"])
+def test_an_adapter_that_no_weights_can_take_up_is_exported_alone(method, tmp_path, capsys):
+    made = ["stages.sft.packing=false", "stages.sft.max_steps=3", "stages.sft.learning_rate=1e-2"]
+    run(tmp_path, f"peft={method}", *made, "run=[sft]")
+    policy = tmp_path / "run/sft/policy"
+    code = export(tmp_path / "whole", policy)
+    assert code == (0 if method == "ia3" else 2)
+    if code:
+        assert "write stages.export.forms=[adapter]" in capsys.readouterr().err
+    assert export(tmp_path / "alone", policy, "stages.export.forms=[adapter]") == 0
+    [compared] = read_json(tmp_path / "alone/run/export/verification.json")["compared"].values()
+    assert compared["largest"] < 1e-4
 
 
 def test_a_chain_may_end_in_an_export_that_merges_a_kept_adapter(tmp_path):
