@@ -26,7 +26,10 @@ REFUSED = (
     ("peft=lora peft.rank_pattern=[4]", "ranks by module were expected, such as {q_proj: 32}"),
     ("peft=prompt stages.dpo.layout=forest", "use stages.dpo.layout=padded or auto"),
     ("peft=prefix stages.dpo.activation_checkpointing=true", "which checkpointing drops"),
-    ("peft=prompt stages.dpo.best_by=helpful stages.dpo.keep_best=true", "is asked only when it is complete"),
+    (
+        "peft=prompt stages.dpo.best_by=helpful stages.dpo.keep_best=true stages.dpo.eval_every=2",
+        "is asked only when it is complete",
+    ),
     ("peft=lora peft.virtual_tokens=0", "must be 1 or more"),
 )
 
