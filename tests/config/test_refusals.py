@@ -41,7 +41,7 @@ WRONG_RECIPES = [
     ("+recipes=dpo", "write +recipe=dpo"),
     ("++recipe=dpo", "write +recipe=dpo"),
     ("dpo", "did you mean +recipe=dpo?"),
-    ("peft=lora", "no recipe; add one of +recipe=constitutional, "),
+    ("peft=lora", "no recipe; add one of +recipe=chat, +recipe=classify, +recipe=constitutional, "),
     ("+recipe=dpo +recipe=sft", "a run has one recipe"),
     ("+recipe=dpo,sft", "add -m for a sweep"),
 ]
