@@ -189,8 +189,19 @@ def verdict(run: RunFolder) -> str:
         told = [f"{c.figure} {_way(c.before, c.after, c.form)}" for c in changes(stage.manifest)]
         if told:
             return f"{stage.name}: {', '.join(told[:2])}"
+    if run.stages[-1].name == "export":
+        return _exported(run.stages[-1].manifest.metrics)
     rows = run.stages[-1].manifest.rows
     return f"{run.stages[-1].name}: {rows.get('kept', 0):,} of {rows.get('read', 0):,} rows kept; nothing was trained"
+
+
+def _exported(figures: Mapping[str, float]) -> str:
+    """How far what was exported is from the trained model, at its farthest."""
+    largest = {
+        key.removesuffix("/largest_nats"): value for key, value in figures.items() if key.endswith("largest_nats")
+    }
+    name = max(largest, key=largest.__getitem__)
+    return f"exported: a token's log-probability is off by {largest[name]:.2g} nats at most ({name})"
 
 
 def verdicts(evaluated: StageFolder) -> list[str]:

@@ -13,7 +13,7 @@ from align.artifacts import Manifest
 from align.config.errors import UserError
 from align.tracking.local import read_metrics
 
-MODEL_FOLDERS = ("policy", "reward_model", "value", "policy_ema")
+MODEL_FOLDERS = ("policy", "model", "reward_model", "value", "policy_ema")
 """Outputs of stages that are models, the most wanted first."""
 
 

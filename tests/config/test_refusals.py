@@ -24,7 +24,7 @@ WRONG_KEYS = [
     ("+recipe=dpo hydra.run.dir=x", "only sweeps"),
 ]
 WRONG_OPTIONS = [
-    ("+recipe=dpo peft=lroa", "did you mean lora? (adalora, bottleneck, dora, "),
+    ("+recipe=dpo peft=lroa", "did you mean lora? (lora, none)"),
     ("+recipe=dpo peft=null", "did you mean peft=none?"),
     ("+recipe=dpo ~peft", "write peft=none"),
     ("+recipe=dpo deepspeed=off", "did you mean deepspeed=none?"),
@@ -41,7 +41,7 @@ WRONG_RECIPES = [
     ("+recipes=dpo", "write +recipe=dpo"),
     ("++recipe=dpo", "write +recipe=dpo"),
     ("dpo", "did you mean +recipe=dpo?"),
-    ("peft=lora", "no recipe; add one of +recipe=chat, "),
+    ("peft=lora", "no recipe; add one of +recipe=chat, +recipe=classify, +recipe=constitutional, "),
     ("+recipe=dpo +recipe=sft", "a run has one recipe"),
     ("+recipe=dpo,sft", "add -m for a sweep"),
 ]

@@ -88,7 +88,7 @@ def hostile(draw, name):
 
 
 def texts_in(value):
-    """All texts in a row, those inside JSON texts too."""
+    """All texts in a row, those inside JSON texts too; of a whole number its digits, as a label is read."""
     if isinstance(value, Mapping):
         for key, inner in value.items():
             yield from texts_in(inner)
@@ -96,6 +96,8 @@ def texts_in(value):
     elif isinstance(value, list):
         for inner in value:
             yield from texts_in(inner)
+    elif type(value) is int:
+        yield str(value)
     elif isinstance(value, str):
         yield value
         try:

@@ -41,9 +41,9 @@ def classify(folder: Path, *settings: str) -> int:
 def run_dir(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("classify")
     write_rows(folder)
-    assert (
-        classify(folder, "stages.sft.max_steps=20", "stages.sft.learning_rate=2e-3", "stages.classify.few_shot=2") == 0
-    )
+    short = ("stages.sft.max_steps=40", "stages.sft.batch_size=1", "stages.sft.max_tokens=256")
+    rest = ("stages.sft.learning_rate=2e-3", "stages.classify.few_shot=2", "stages.classify.resamples=200")
+    assert classify(folder, *short, *rest) == 0
     return folder / "run"
 
 

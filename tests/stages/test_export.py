@@ -15,13 +15,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from align import cli
 from align.artifacts import read_json, read_manifest
 from align.config.errors import UserError
-from align.config.schema import ModelConfig
+from align.config.schema import GGUFType, ModelConfig
 from align.data.template import Template
 from align.generation.greedy import greedy_read
 from align.generation.vllm_greedy import vllm_read, why_not_vllm
 from align.losses.parity import parity
 from align.models.load import load_model, load_tokenizer, resolve_model
 from align.stages import export_push
+from align.stages.export_gguf import write_gguf
 from tests.generation import stand_in_vllm
 from tests.launching import slow
 from tests.stages.runs import run
@@ -138,7 +139,6 @@ def test_a_chain_may_end_in_an_export_that_merges_a_kept_adapter(tmp_path):
     merged = PeftModel.from_pretrained(base, str(tmp_path / "run/sft/adapter")).merge_and_unload().state_dict()
     found = load(tmp_path / "run/export/model", torch.float32).state_dict()
     assert all((found[name] - tensor).abs().max() < 1e-6 for name, tensor in merged.items())
-    run(tmp_path, *LORA, "peft.keep_adapter=true", *wires, *QUICK, "stages.export.dtype=fp32")
 
 
 def copy_of(trained: Path, folder: Path) -> Path:
@@ -156,7 +156,6 @@ def test_weights_that_are_not_the_trained_ones_fail_and_leave_nothing(trained, t
     said = capsys.readouterr().err
     assert "align: export: merged in memory is not the trained model: reply " in said and "nothing was exported" in said
     assert not (tmp_path / "out/run/export/model").exists()
-    assert export(tmp_path / "out", stage / "policy", "stages.export.tolerance_nats=5") == 0
 
 
 def test_another_chat_template_than_the_one_trained_on_is_refused(trained, tmp_path, capsys):
@@ -200,6 +199,7 @@ def test_what_cannot_be_exported_is_one_line(tmp_path, capsys, monkeypatch, sett
     assert said in line
 
 
+@slow
 def test_generation_settings_that_no_model_can_answer_by_are_refused(tmp_path, capsys):
     assert export(tmp_path, "tiny-sft", "stages.export.generation={temperature: -1}") == 2
     assert "align: stages.export.generation={'temperature': -1}: `temperature`" in capsys.readouterr().err
@@ -233,13 +233,11 @@ def hub(monkeypatch):
     return Hub
 
 
-def test_nothing_is_uploaded_unless_a_repository_is_named(tmp_path, hub, capsys):
-    assert export(tmp_path / "a", "tiny-sft") == 0
-    assert hub.asked == []
-    assert export(tmp_path / "b", "tiny-sft", "stages.export.push_to=me/village") == 0
+def test_the_folder_is_uploaded_to_the_repository_that_is_named(tmp_path, hub, capsys):
+    assert export(tmp_path, "tiny-sft", "stages.export.push_to=me/village") == 0
     (create, upload) = hub.asked
     assert create == ("create", "me/village", True, True)
-    files = sorted(path.name for path in (tmp_path / "b/run/export/model").iterdir())
+    files = sorted(path.name for path in (tmp_path / "run/export/model").iterdir())
     assert upload == ("upload", "me/village", files) and "README.md" in files
     assert "uploaded to https://hub/me/village/commit/1" in capsys.readouterr().err
 
@@ -257,26 +255,39 @@ def test_an_adapter_of_a_base_on_this_machine_is_not_uploaded(trained, tmp_path,
     assert "the base of this adapter is a folder of this machine" in capsys.readouterr().err
 
 
-def test_gguf_is_made_by_the_installed_converter(tmp_path, monkeypatch):
-    tool = tmp_path / "bin/convert_hf_to_gguf.py"
+def converter_of(folder: Path, monkeypatch, script: str) -> None:
+    """What stands on the PATH in place of llama.cpp's converter."""
+    tool = folder / "bin/convert_hf_to_gguf.py"
     tool.parent.mkdir()
-    tool.write_text('#!/bin/sh\nprintf "GGUF %s" "$*" > "$3"\n')
+    tool.write_text(f"#!/bin/sh\n{script}\n")
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tool.parent}:/usr/bin:/bin")
+
+
+def test_gguf_is_made_by_the_installed_converter_and_nothing_is_uploaded(tmp_path, monkeypatch, hub):
+    converter_of(tmp_path, monkeypatch, 'printf "GGUF %s" "$*" > "$3"')
     settings = ("stages.export.forms=[model,gguf]", "stages.export.gguf_type=q8_0")
     assert export(tmp_path, "tiny-sft", *settings) == 0
     asked = (tmp_path / "run/export/model.gguf").read_text().split()
     assert asked[:2] == ["GGUF", str(tmp_path / "run/export/model")] and asked[-2:] == ["--outtype", "q8_0"]
+    assert "model.gguf" in {output["path"] for output in read_manifest(tmp_path / "run/export").outputs}
+    assert hub.asked == []
 
 
-def test_a_converter_that_fails_is_told_by_its_last_line(tmp_path, monkeypatch, capsys):
-    tool = tmp_path / "bin/convert_hf_to_gguf.py"
-    tool.parent.mkdir()
-    tool.write_text('#!/bin/sh\necho "ERROR: unknown pre-tokenizer" >&2\nexit 1\n')
-    tool.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tool.parent}:/usr/bin:/bin")
-    assert export(tmp_path, "tiny-sft", "stages.export.forms=[model,gguf]") == 2
-    assert "ERROR: unknown pre-tokenizer" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("script", "said"),
+    [
+        ('echo "ERROR: unknown pre-tokenizer" >&2; exit 1', "does not convert .*: ERROR: unknown pre-tokenizer"),
+        ("exit 3", "does not convert .*: exit code 3"),
+        ('echo rubbish > "$3"', "has written no GGUF file"),
+        ("exit 0", "has written no GGUF file"),
+    ],
+)
+def test_a_converter_that_fails_is_told_in_one_line(tmp_path, monkeypatch, script, said):
+    converter_of(tmp_path, monkeypatch, script)
+    with pytest.raises(UserError, match=said):
+        write_gguf(tmp_path / "model", tmp_path / "model.gguf", GGUFType.f16)
+    assert not (tmp_path / "model.gguf").exists()
 
 
 def test_vllm_is_asked_the_same_and_reads_the_same(monkeypatch):

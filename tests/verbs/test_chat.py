@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import sys
 import time
 from types import SimpleNamespace
@@ -18,10 +19,9 @@ from align.data.template import Template
 from align.generation.batching import Rules
 from align.generation.rollout import sample
 from align.generation.streaming import Stream, _Pieces
-from align.models.load import load_model, load_tokenizer
+from align.models.load import load_model, load_tokenizer, resolve_model
 from align.verbs import chat
 from align.verbs.chat_columns import side_by_side, wrapped
-from tests.stages.runs import run
 
 ASK = "Where does the owl live?"
 MODEL = ModelConfig(path="tiny-sft")
@@ -166,11 +166,11 @@ def test_settings_are_checked_like_any_others(talk):
 def test_the_model_is_that_of_the_last_stage_and_the_base_what_the_chain_started_from(
     talk, tmp_path, monkeypatch, capsys
 ):
-    run(tmp_path, "run=[sft]", "peft=lora", "peft.keep_adapter=true")
+    shutil.copytree(resolve_model("tiny-sft"), tmp_path / "run/sft/policy")
     monkeypatch.setattr(sys, "stdin", io.StringIO(f"{ASK}\n/base\n"))
     assert cli.main(["+recipe=sft_dpo", f"run_dir={tmp_path}/run", "do=chat", "chat.max_new_tokens=8"]) == 0
     said = capsys.readouterr()
-    assert f"\nsft is {tmp_path}/run/sft/policy;" in said.err, "an adapter, on its base"
+    assert said.err.startswith(f"sft is {tmp_path}/run/sft/policy;")
     assert "  base is tiny-base" in said.out
     monkeypatch.setattr(sys, "stdin", io.StringIO(""))
     assert cli.main(["+recipe=sft_dpo", f"run_dir={tmp_path}/run", "do=chat", "chat.model=dpo"]) == 2
