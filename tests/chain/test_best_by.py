@@ -24,6 +24,7 @@ from align.tracking.local import read_metrics
 from align.trainers.best import Best, HeldOutGuard, held_out_alarm
 from align.trainers.samples import read_samples
 from align.world import oracle
+from tests.launching import slow
 from tests.stages.runs import overrides
 
 SFT = ("run=[sft]", "stages.sft.max_steps=4", "stages.sft.eval_every=2", "best.rows=4", "best.max_new_tokens=24",
@@ -107,6 +108,7 @@ def test_the_prompts_are_none_that_evaluate_takes_first(by_oracle):
     assert asked == {prompt for prompts in by_kind.values() for prompt in prompts[-4:]}
 
 
+@slow
 def test_text_loss_is_what_evaluate_says_of_the_same_texts(tmp_path):
     texts = tmp_path / "texts.jsonl"
     told = (f"Villager {n} went to the mill, and the miller told house {n + 1} of it." for n in range(40))

@@ -252,8 +252,7 @@ def test_replies_that_are_the_same_are_no_win_whatever_batches_a_reward_model_sc
     rewarding = tmp_path / "reward_model"
     make_reward_model(rewarding)
     judge = JudgeConfig(kind=JudgeKind.reward, reward_model=str(rewarding))
-    models = {"base": "tiny-sft", "again": "tiny-sft", "other": "tiny-base"}
-    some = {"kl_prompts": 0, "max_pairs": 0, "max_texts": 0, "max_prompts": 7}
+    models = {"base": "tiny-sft", "again": "tiny-sft"}
+    some = {"kl_prompts": 0, "max_pairs": 0, "max_texts": 0, "max_prompts": 5, "max_new_tokens": 12}
     found = numbers(evaluated(tmp_path / "run", stage(judge=judge, models=models, **some)))["models"]
-    assert found["again"]["win"]["rate"]["mean"] == 0.5 and found["again"]["win"]["ties"] == 21
-    assert found["other"]["win"]["rate"]["mean"] != 0.5
+    assert found["again"]["win"]["rate"]["mean"] == 0.5 and found["again"]["win"]["ties"] == 15
