@@ -15,6 +15,7 @@ svg .curve { fill: none; stroke-width: 2; stroke-linejoin: round; stroke-linecap
 svg .faint { stroke-width: 1; stroke-opacity: .35; } svg circle.faint { fill-opacity: .35; stroke: none; }
 svg .curve.series-1:not(.faint) { stroke-dasharray: 6 4; } svg .curve.series-2:not(.faint) { stroke-dasharray: 1 4; }
 svg .curve.series-3:not(.faint) { stroke-dasharray: 9 4 1 4; }
+.item { display: inline-block; max-width: 100%; overflow-wrap: anywhere; }
 svg line.zero { stroke: var(--soft); }
 svg text.end { fill: var(--ink); stroke: var(--paper); stroke-width: 4px; paint-order: stroke; }
 """
@@ -89,7 +90,8 @@ def path_plot(points: Sequence[Point], *, x_label: str, y_label: str, ends: tupl
 def key(names: Sequence[str]) -> str:
     """What the lines of a plot stand for, as HTML."""
     sample = '<svg width="26" height="8" aria-hidden="true"><path class="curve series-{}" d="M2 4H24"/></svg>'
-    return " &ensp; ".join(f"{sample.format(place)}&nbsp;{escape(name)}" for place, name in enumerate(names))
+    items = (f"{sample.format(place)}&nbsp;{escape(name)}" for place, name in enumerate(names))
+    return " &ensp; ".join(f'<span class="item">{item}</span>' for item in items)
 
 
 def drawn_as(count: int) -> tuple[int, int]:

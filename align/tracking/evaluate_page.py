@@ -11,10 +11,12 @@ Figures = Mapping[str, Any]
 STYLE = """
 .verdict { font-size: 1.25rem; font-weight: 600; margin: .75rem 0 0; } .numbers { margin: 0; }
 .sample { border-top: 1px solid var(--line); padding: .75rem 0 1.25rem; break-inside: avoid; }
-.replies { display: grid; grid-template-columns: repeat(auto-fit, minmax(15rem, 1fr)); gap: .75rem; }
+.replies { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 15rem), 1fr)); gap: .75rem; }
+.replies > div { min-width: 0; } h1, h4, .verdict { overflow-wrap: anywhere; }
 .replies h4 { margin: .5rem 0 .25rem; font-size: .875rem; color: var(--soft); }
 svg .diagonal { stroke: var(--soft); stroke-dasharray: 4 3; }
 """
+KINDS = ("refuses", "partly_refuses", "complies")
 ORACLE = {
     "helpful_accuracy": "helpful", "unsafe_complied": "unsafe complied", "refused_right_reason": "right reason",
     "over_refused": "over-refused", "garbled": "garbled",
@@ -51,7 +53,9 @@ def _section(title: str, text: str, body: str) -> str:
 def _by_model(models: Figures, part: str, columns: Mapping[str, Callable[[Figures], str]]) -> str:
     """A row a model that has this part."""
     rows = [
-        [name, *(_try(show, one[part]) for show in columns.values())] for name, one in models.items() if one.get(part)
+        [name, *(_cell(_try(show, one[part])) for show in columns.values())]
+        for name, one in models.items()
+        if one.get(part)
     ]
     return table(["model", *columns], rows) if rows else ""
 
@@ -62,6 +66,10 @@ def _try(show: Callable[[Figures], str], figures: Figures) -> str:
         return show(figures)
     except (KeyError, TypeError):
         return "\N{EN DASH}"
+
+
+def _cell(text: str) -> Figure:
+    return Figure(html(text))
 
 
 def _share(*path: str) -> Callable[[Figures], str]:
@@ -119,18 +127,22 @@ def _judges(models: Figures) -> str:
 
 
 def _oracle(oracle: Mapping[str, Mapping[str, float]]) -> str:
-    rows = [[name, *(f"{figures[key]:.1%}" for key in ORACLE)] for name, figures in oracle.items()]
+    rows = [[name, *(_cell(f"{figures[key]:.1%}") for key in ORACLE)] for name, figures in oracle.items()]
     text = "Judged by the rules of the embedded world. The first and the third should rise, the others fall."
     return _section("By the oracle", text, table(["model", *ORACLE.values()], rows) if rows else "")
 
 
 def _refusals(models: Figures) -> str:
     rows = [
-        [name, kind, *(f"{shares[key]:.1%}" for key in ("refuses", "partly_refuses", "complies")), shares["prompts"]]
+        [name, kind, *(_cell(f"{shares[key]:.1%}") for key in KINDS), shares["prompts"]]
         for name, one in models.items()
         for kind, shares in one.get("refusals", {}).items()
     ]
-    text = "By a pattern of English words, whose agreement with people is in docs/evaluation.md."
+    text = (
+        "By a pattern of English words. Held against people's labels of XSTest, it finds refusals, full or partial, "
+        "with precision 0.98 and recall 0.96 (Llama-2's replies; GPT-4's: 0.99 and 0.96), and hardly tells partial "
+        "from full ones."
+    )
     header = ["model", "prompts", "refuses", "partly", "complies", "prompts counted"]
     return _section("Refusals", text, table(header, rows) if rows else "")
 
@@ -153,7 +165,9 @@ def _cost(models: Figures) -> str:
         "perplexity a word": _number("{:,.2f}", "text", "perplexity"),
         "more than the baseline": _interval("{:+.3f}", "changes", "text_loss"),
     }
-    rows = [[name, *(_try(show, one) for show in columns.values())] for name, one in models.items() if "text" in one]
+    rows = [
+        [name, *(_cell(_try(show, one)) for show in columns.values())] for name, one in models.items() if "text" in one
+    ]
     body = kl + ("<h3>Loss on held-out text</h3>" + table(["model", *columns], rows) if rows else "")
     return _section(
         "What it cost", "How far each model went from the baseline, and what it forgot of plain text.", body

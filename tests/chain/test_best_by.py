@@ -1,6 +1,7 @@
 """best_by and stop_after: the policy, and the end of training, by any figure that an evaluation has."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,9 +21,10 @@ from align.generation.speakers import Ask
 from align.models.load import load_model, load_tokenizer
 from align.stages import best as best_stage
 from align.tracking.local import read_metrics
-from align.trainers.best import Best, held_out_alarm
+from align.trainers.best import Best, HeldOutGuard, held_out_alarm
 from align.trainers.samples import read_samples
 from align.world import oracle
+from tests.launching import slow
 from tests.stages.runs import overrides
 
 SFT = ("run=[sft]", "stages.sft.max_steps=4", "stages.sft.eval_every=2", "best.rows=4", "best.max_new_tokens=24",
@@ -106,6 +108,7 @@ def test_the_prompts_are_none_that_evaluate_takes_first(by_oracle):
     assert asked == {prompt for prompts in by_kind.values() for prompt in prompts[-4:]}
 
 
+@slow
 def test_text_loss_is_what_evaluate_says_of_the_same_texts(tmp_path):
     texts = tmp_path / "texts.jsonl"
     told = (f"Villager {n} went to the mill, and the miller told house {n + 1} of it." for n in range(40))
@@ -183,6 +186,18 @@ def test_a_held_out_loss_that_goes_the_wrong_way_is_told():
     assert held_out_alarm([2.0, 2.03], 0.02, 3) is None
     assert "was 2 before the first step" in held_out_alarm([2.0, 2.05], 0.02, 3)[1]
     assert held_out_alarm([2.0, float("nan")], 0.02, 3)[0] == "above"
+
+
+def test_an_alarm_over_the_held_out_loss_is_given_once(capsys):
+    told = []
+    guard = HeldOutGuard("sft", lambda *words: told.append(words))
+    log = [{"step": 0, "eval_loss": 2.0}]
+    for step, loss in ((5, 1.9), (10, 2.2), (15, 2.3)):
+        log.append({"step": step, "eval_loss": loss})
+        guard.on_evaluate(None, SimpleNamespace(log_history=log, global_step=step), None)
+    (alert,) = told
+    assert alert[0] == "sft: held-out loss" and alert[1].startswith("step 10: the held-out loss is 2.2, and it was 2")
+    assert capsys.readouterr().err.count("sft: WARN") == 1
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import sys
 import types
+from functools import cache
 
 import numpy as np
 import pytest
@@ -43,6 +44,7 @@ def write_task(folder):
     return task
 
 
+@cache
 def right_answers(name: str) -> list[float]:
     """Which questions a model gets right, by the sums of log-probabilities of plain forwards."""
     tokenizer = load_tokenizer(name, ModelConfig(), None)

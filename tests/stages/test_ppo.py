@@ -27,6 +27,7 @@ from align.tracking.local import read_metrics
 from align.trainers.guards import Alarm, Guards
 from align.trainers.ppo import PPOTrainer
 from align.trainers.samples import HeldOutSamples, read_samples
+from tests.launching import slow
 from tests.stages.runs import write_pairs
 from tests.tracking.wandb_file import read_runs
 
@@ -595,6 +596,7 @@ def test_the_policy_of_the_best_samples_is_kept_and_training_ends_when_none_are_
     assert len(policy) > 10 and all(torch.equal(policy[name], kept[1][name]) for name in policy)
 
 
+@slow
 def test_figures_of_evaluate_are_measured_with_the_samples(tmp_path, rewards):
     by = ("stages.ppo.best_by=win_rate", "stages.ppo.stop_after=9", "best.rows=2", "best.max_new_tokens=8")
     judge = ("best.judge.kind=function", "best.judge.function=tests.stages.test_ppo:vowels")

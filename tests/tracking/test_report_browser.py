@@ -3,6 +3,7 @@
 import pytest
 
 from align.tracking.compare_page import compare_page
+from align.tracking.evaluate_page import evaluate_page
 from align.tracking.report_page import report_page
 from align.tracking.run_folder import read_run
 from tests.tracking.browser import CHROMIUM, WHY_NOT, Browser
@@ -10,6 +11,16 @@ from tests.tracking.runs_made import entry, hand_run, write_stage
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason=WHY_NOT)
 OVERFLOW = "document.documentElement.scrollWidth - document.documentElement.clientWidth"
+NUMBERS = {
+    "prompts": 9, "baseline": "base", "verdict": ["dpo against base: better: win 0.63 [0.57, 0.69]"], "reliability": {},
+    "oracle": {}, "models": {
+        "dpo": {
+            "win": {"rate": {"mean": 0.63, "low": 0.57, "high": 0.69}, "wins": 5, "ties": 1, "losses": 3, "missing": 0},
+            "text": {"per_word": 1.5, "perplexity": 4.5}, "changes": {},
+            "lm_eval": {"a_task_with_a_long_name": {"documents": 9, "acc": {"mean": 0.5, "low": 0.2, "high": 0.8}}},
+        }
+    },
+}  # fmt: skip
 LONG = "a_very_long_name_without_a_place_to_break_it_" * 4
 
 
@@ -25,6 +36,8 @@ def pages(tmp_path_factory):
     runs = [read_run(folder / name) for name in ("one", "two")]
     (folder / "report.html").write_text(report_page(runs[0]))
     (folder / "compared.html").write_text(compare_page(runs))
+    told = [{"prompt": [{"role": "user", "content": LONG}], "replies": {"base": LONG, "dpo": LONG}}]
+    (folder / "evaluated.html").write_text(evaluate_page(NUMBERS, told, LONG))
     return folder
 
 
@@ -34,7 +47,7 @@ def browser(tmp_path_factory):
         yield opened
 
 
-@pytest.mark.parametrize("name", ["report.html", "compared.html"])
+@pytest.mark.parametrize("name", ["report.html", "compared.html", "evaluated.html"])
 @pytest.mark.parametrize("width", [360, 1100])
 def test_a_page_never_scrolls_sideways_says_nothing_and_asks_for_nothing(pages, browser, name, width):
     browser.open(pages / name, width=width)

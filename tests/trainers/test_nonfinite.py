@@ -53,6 +53,19 @@ def test_it_counts_over_interruptions_and_names_rows_and_checkpoint_when_it_ends
     assert lines[0]["rows"] == [{"row": 4, "text": "row 4"}, {"row": 5, "text": "row 5"}]
 
 
+def test_each_skipped_step_and_the_end_are_alerts(tmp_path):
+    told = []
+    watched = SkippedSteps(
+        "sft", tmp_path / "nonfinite.jsonl", limit=1, resumed_at=0, main=True, describe=str, last_good=lambda: None,
+        alert=lambda title, text: told.append((title, text)),
+    )  # fmt: skip
+    watched.add(3, [4])
+    with pytest.raises(UserError):
+        watched.add(5, [6])
+    assert [title for title, _ in told] == ["sft: a step was skipped", "sft: ended by steps that are not finite"]
+    assert "step 3" in told[0][1] and "step 5" in told[1][1]
+
+
 class Watch(TrainerCallback):
     """Weights and moments of the optimizer after every step, and what the batches of a step were made of."""
 
