@@ -3,16 +3,16 @@
 Each refusal here stands for something that libraries let pass: docs/adapters.md has the table, made by trying.
 """
 
-from typing import Any
-
 from align.config.errors import UserError
 from align.config.schema import (
     AdapterStart,
+    DPOStage,
     Layout,
     PeftConfig,
     PeftMethod,
     PPOStage,
     PretrainStage,
+    RewardStage,
     RolloutEngine,
     RunConfig,
     SFTStage,
@@ -118,10 +118,9 @@ def _refuse_stage(peft: PeftConfig, name: str, stage: StageConfig) -> None:
             f"{method} puts its virtual tokens in front of a row, not of each sequence packed into it; "
             f"add stages.{name}.packing=false"
         )
-    layout: Any = getattr(stage, "layout", Layout.auto)
-    if layout in (Layout.forest, Layout.sequences):
+    if isinstance(stage, DPOStage | RewardStage) and stage.layout in (Layout.forest, Layout.sequences):
         raise UserError(
-            f"stages.{name}.layout={layout.value}: {method} puts its virtual tokens in front of a row, not of each "
+            f"stages.{name}.layout={stage.layout.value}: {method} puts its virtual tokens in front of a row, not of each "
             f"sequence in it; use stages.{name}.layout=padded or auto"
         )
     if peft.method is PeftMethod.prefix and stage.activation_checkpointing:
