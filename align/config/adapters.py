@@ -124,11 +124,10 @@ def _refuse_stage(peft: PeftConfig, name: str, stage: StageConfig) -> None:
             f"{method} puts its virtual tokens in front of a row, not of each sequence packed into it; "
             f"add stages.{name}.packing=false"
         )
-    layout = stage.layout if isinstance(stage, RewardStage | DPOStage | PPOStage) else Layout.auto
-    if layout in (Layout.forest, Layout.sequences):
+    if isinstance(stage, DPOStage | RewardStage) and stage.layout in (Layout.forest, Layout.sequences):
         raise UserError(
-            f"stages.{name}.layout={layout.value}: {method} puts its virtual tokens in front of a row, not of each "
-            f"sequence in it; use stages.{name}.layout=padded or auto"
+            f"stages.{name}.layout={stage.layout.value}: {method} puts its virtual tokens in front of a row, not of "
+            f"each sequence in it; use stages.{name}.layout=padded or auto"
         )
     if peft.method is PeftMethod.prefix and stage.activation_checkpointing:
         raise UserError(
