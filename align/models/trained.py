@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from peft import PeftConfig as AdapterConfig
 from peft import PeftModel
 from torch import nn
 
@@ -66,9 +67,17 @@ def trained_in_4_bits(manifest: Manifest | None) -> bool:
 
 
 def load_trained(trained: Trained, model: ModelConfig, dtype: torch.dtype) -> nn.Module:
-    """The model as it was trained, the adapter unmerged, its other weights in `dtype`; in eval mode."""
+    """The model as it was trained, the adapter unmerged, its other weights in `dtype`; in eval mode.
+
+    Raises: UserError for an adapter of virtual tokens, which sits in no layer.
+    """
     if trained.adapter is None:
         return load_model(trained.policy, model, dtype, seed=trained.seed).eval()
+    if AdapterConfig.from_pretrained(str(trained.adapter)).is_prompt_learning:
+        raise UserError(
+            f"{trained.adapter}: an adapter of virtual tokens before each prompt, which cannot be merged into weights; "
+            "load it with PEFT, on its base"
+        )
     base = load_model(str(trained.base), model, dtype, seed=trained.seed)
     return PeftModel.from_pretrained(base, str(trained.adapter)).eval()
 

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from huggingface_hub.errors import LocalTokenNotFoundError
-from peft import PeftModel
+from peft import PeftModel, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
@@ -323,3 +323,11 @@ def test_an_adapter_can_be_exported_and_nothing_else_starts_from_one(trained, tm
     adapter = trained / "adapter"
     with pytest.raises(UserError, match=r"an adapter, not a whole model; merge it with \+recipe=export model.path="):
         run(tmp_path, "run=[dpo]", f"stages.dpo.policy={adapter}")
+
+
+def test_an_adapter_of_virtual_tokens_is_refused(tmp_path, capsys):
+    """It sits in no layer, so that the base alone would answer."""
+    settings = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    get_peft_model(load(resolve_model("tiny-sft")), settings).save_pretrained(tmp_path / "adapter")
+    assert export(tmp_path, tmp_path / "adapter") == 2
+    assert "an adapter of virtual tokens before each prompt, which cannot be merged" in capsys.readouterr().err
