@@ -75,7 +75,11 @@ def as_markdown(found: dict[tuple[str, str, str], str]) -> str:
     head = ["method", "stage", *COLUMNS]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for method, stage in product(METHODS, STAGES):
-        row = [shown(found[method, stage, column], refusals) for column in COLUMNS]
+        said = [found[method, stage, column] for column in COLUMNS]
+        names = {f"peft={method}": "peft=METHOD", f"stages.{stage}": "stages.STAGE"}
+        for name, word in names.items():
+            said = [result.replace(name, word) for result in said]
+        row = [shown(result, refusals) for result in said]
         lines.append("| " + " | ".join([method, stage, *row]) + " |")
     notes = [f"* **{letter(place)}** {refusal}" for place, refusal in enumerate(refusals)]
     return "\n".join([*lines, "", *notes])
