@@ -73,13 +73,18 @@ def load_trained(trained: Trained, model: ModelConfig, dtype: torch.dtype) -> nn
     """
     if trained.adapter is None:
         return load_model(trained.policy, model, dtype, seed=trained.seed).eval()
-    if AdapterConfig.from_pretrained(str(trained.adapter)).is_prompt_learning:
-        raise UserError(
-            f"{trained.adapter}: an adapter of virtual tokens before each prompt, which cannot be merged into weights; "
-            "load it with PEFT, on its base"
-        )
+    refuse_virtual_tokens(trained.adapter)
     base = load_model(str(trained.base), model, dtype, seed=trained.seed)
     return PeftModel.from_pretrained(base, str(trained.adapter)).eval()
+
+
+def refuse_virtual_tokens(adapter: Path) -> None:
+    """Raises: UserError for an adapter of virtual tokens, which sits in no layer: the base alone would answer."""
+    if AdapterConfig.from_pretrained(str(adapter)).is_prompt_learning:
+        raise UserError(
+            f"{adapter}: an adapter of virtual tokens before each prompt, which cannot be merged into weights; "
+            "load it with PEFT, on its base"
+        )
 
 
 def merges(adapter: Path) -> bool:

@@ -24,7 +24,7 @@ WRONG_KEYS = [
     ("+recipe=dpo hydra.run.dir=x", "only sweeps"),
 ]
 WRONG_OPTIONS = [
-    ("+recipe=dpo peft=lroa", "did you mean lora? (lora, none)"),
+    ("+recipe=dpo peft=lroa", "did you mean lora? (adalora, bottleneck, "),
     ("+recipe=dpo peft=null", "did you mean peft=none?"),
     ("+recipe=dpo ~peft", "write peft=none"),
     ("+recipe=dpo deepspeed=off", "did you mean deepspeed=none?"),
