@@ -87,7 +87,7 @@ def test_several_runs_have_parallel_coordinates_over_what_differs(tmp_path):
     assert [panel["viewType"] for panel in panels] == ["Run Comparer", "Parallel Coordinates Plot"]
     columns = json.dumps(panels[1]["config"])
     assert "stages.dpo.beta" in columns and "after/loss" in columns
-    assert "| b | 0.25 | `0.3` |" in parts["Ranking"][0]["content"]
+    assert "| b | 0.9 | `0.3` |" in parts["Ranking"][0]["content"]
     assert "| `stages.dpo.beta` | `0.1` | `0.3` |" in parts["Settings that differ"][0]["content"]
     assert {"adpo", "bdpo"} <= set(json.dumps(grid(parts["dpo"])[0]["filters"]).replace('"', " ").split())
 
