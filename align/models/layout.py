@@ -79,6 +79,11 @@ def model_inputs(plain: PreTrainedModel, batch: Mapping[str, Tensor]) -> dict[st
     return inputs
 
 
+def takes_columns(plain: PreTrainedModel) -> bool:
+    """Whether a model can be asked for the logits of some positions alone (`logits_to_keep`)."""
+    return "logits_to_keep" in inspect.signature(type(plain).forward).parameters
+
+
 def scored_logits(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     """The rows of logits that predict `targets`, (S, V), from a batch of `lay_out`.
 
@@ -87,8 +92,7 @@ def scored_logits(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     plain = plain_model(model)
     positions, width = batch["positions"], batch["input_ids"].shape[1]
     inputs = model_inputs(plain, batch)
-    takes_columns = "logits_to_keep" in inspect.signature(type(plain).forward).parameters
-    if not takes_columns or prompt_learning(model):
+    if not takes_columns(plain) or prompt_learning(model):
         # Virtual tokens come first, so real positions are counted from the end.
         logits = model(**inputs).logits[:, -width:]
         return logits.reshape(-1, logits.shape[-1])[positions]

@@ -31,6 +31,7 @@ EMBEDDED = {
 LOAD_ERRORS = (OSError, ValueError, RuntimeError, ImportError, SafetensorError, UnpicklingError)
 """What transformers raises for weights that are not there, not sound, or pickles with code in them."""
 WEIGHT_FILES = ("*.safetensors", "*.bin")
+ADAPTER_CONFIG = "adapter_config.json"
 NEVER_WHOLE = ("PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING", "BOTTLENECK")
 """PEFT's names of the methods that no weight can take up."""
 SHARD_INDEX = "model.safetensors.index.json"
@@ -79,17 +80,25 @@ def check_model(name: str, *, where: str, pickled: bool = False, adapters: bool 
 
 def is_adapter(folder: Path) -> bool:
     """Whether a folder holds an adapter, which is of use only with its base."""
-    return (folder / "adapter_config.json").is_file()
+    return (folder / ADAPTER_CONFIG).is_file()
 
 
 def adapter_base(folder: Path) -> str:
-    """The model that the adapter in a folder was trained on."""
-    return str(_json_object(folder / "adapter_config.json").get("base_model_name_or_path"))
+    """The model that the adapter in a folder was trained on. Raises: UserError if the folder does not say."""
+    said = _json_object(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
+    if not said:
+        raise UserError(f"{folder / ADAPTER_CONFIG}: it names no base_model_name_or_path; write it in")
+    return str(said)
+
+
+def merges(folder: Path) -> bool:
+    """Whether the base's weights can take up the adapter in a folder."""
+    return _json_object(folder / ADAPTER_CONFIG).get("peft_type") not in NEVER_WHOLE
 
 
 def _way_to_whole(folder: Path) -> str:
-    kind = str(_json_object(folder / "adapter_config.json").get("peft_type"))
-    if kind in NEVER_WHOLE:
+    kind = str(_json_object(folder / ADAPTER_CONFIG).get("peft_type"))
+    if not merges(folder):
         return (
             f"{kind.lower()} cannot be merged, so it can be evaluated and asked but not trained further; train it with "
             "a method that can: peft=lora, qlora, dora, adalora or ia3"

@@ -1,6 +1,5 @@
 """A model as its stage trained it: whole, or the base with the adapter on it, found by the stage's manifest."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,9 +13,8 @@ from align.artifacts import Manifest
 from align.config.errors import UserError
 from align.config.schema import ModelConfig, PeftMethod
 from align.models.adapters import bottleneck  # noqa: F401  PEFT learns of the method
-from align.models.load import NEVER_WHOLE, is_adapter, load_model, resolve_model
+from align.models.load import adapter_base, is_adapter, load_model, resolve_model
 
-ADAPTER_CONFIG = "adapter_config.json"
 POLICY, ADAPTER = "policy", "adapter"
 
 
@@ -56,7 +54,7 @@ def trained_model(policy: str) -> Trained:
     if trained_in_4_bits(manifest):
         # The adapter fits a base in 4 bits; the policy is that base, de-quantised, with the adapter merged in.
         return Trained(policy, True, manifest=manifest)
-    if manifest is not None and folder.name == POLICY and (beside / ADAPTER_CONFIG).is_file():
+    if manifest is not None and folder.name == POLICY and is_adapter(beside):
         return Trained(policy, True, beside, _base(beside, manifest), manifest)
     return Trained(policy, True, manifest=manifest)
 
@@ -87,17 +85,9 @@ def refuse_virtual_tokens(adapter: Path) -> None:
         )
 
 
-def merges(adapter: Path) -> bool:
-    """Whether the base's weights can take an adapter up."""
-    return json.loads((adapter / ADAPTER_CONFIG).read_text(encoding="utf-8")).get("peft_type") not in NEVER_WHOLE
-
-
 def _base(adapter: Path, manifest: Manifest | None) -> str:
     if manifest is None:
-        said = json.loads((adapter / ADAPTER_CONFIG).read_text(encoding="utf-8")).get("base_model_name_or_path")
-        if not said:
-            raise UserError(f"{adapter / ADAPTER_CONFIG}: it names no base_model_name_or_path; write it in")
-        return str(said)
+        return adapter_base(adapter)
     entry = next(entry for entry in manifest.inputs if entry["name"] == POLICY)
     base = _moved(entry["path"], adapter.parent.parent)
     folder = Path(resolve_model(base))

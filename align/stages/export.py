@@ -11,9 +11,9 @@ from align.config.errors import UserError
 from align.config.schema import ExportForm, ExportStage
 from align.distributed import runtime
 from align.losses.parity import Parity
-from align.models.load import load_config
+from align.models.load import load_config, merges
 from align.models.reward import has_score_head
-from align.models.trained import Trained, merges, refuse_virtual_tokens, trained_in_4_bits, trained_model
+from align.models.trained import Trained, refuse_virtual_tokens, trained_in_4_bits, trained_model
 from align.stages.context import RunContext, stage_record
 from align.stages.export_compare import Comparison, compare_adapter, compare_model, questions
 from align.stages.export_gguf import GGUF, converter, write_gguf
@@ -61,8 +61,8 @@ def _check(stage: ExportStage, context: RunContext, found: Trained) -> None:
         raise UserError(f"{forms} has adapter, but {stage.policy} was trained {way}; leave adapter out")
     if found.adapter is not None:
         refuse_virtual_tokens(found.adapter)
-    if ExportForm.model in stage.forms and found.adapter is not None and not merges(found.adapter):
-        raise UserError(f"{forms} has model, but no weights can take this adapter up; write {forms}=[adapter]")
+        if ExportForm.model in stage.forms and not merges(found.adapter):
+            raise UserError(f"{forms} has model, but no weights can take this adapter up; write {forms}=[adapter]")
     config = load_config(str(found.policy if found.whole else found.base), context.config.model)
     if has_score_head(config):
         raise UserError(

@@ -14,8 +14,8 @@ from transformers import GenerationConfig, PreTrainedModel
 from align.config.errors import UserError
 from align.config.schema import ExportDtype, ExportStage, ModelConfig
 from align.data.template import Template
-from align.models.load import check_saved_model, load_config, resolve_model
-from align.models.trained import ADAPTER_CONFIG, Trained
+from align.models.load import ADAPTER_CONFIG, check_saved_model, load_config, resolve_model
+from align.models.trained import Trained
 from align.stages.saving import make_readable
 
 DTYPES = {ExportDtype.fp32: torch.float32, ExportDtype.bf16: torch.bfloat16, ExportDtype.fp16: torch.float16}

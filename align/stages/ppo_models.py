@@ -172,7 +172,7 @@ class Models:
         if not self.shared or self.first_model is None:
             return None
         folder = Path(load.resolve_model(str(self.first_model.model))).parent / ADAPTER
-        if not (folder / "adapter_config.json").is_file():
+        if not load.is_adapter(folder):
             return None
         base = AdapterConfig.from_pretrained(str(folder)).base_model_name_or_path
         same = Path(str(base)).resolve() == Path(load.resolve_model(self.stage.policy)).resolve()

@@ -54,7 +54,7 @@ def finish_folders(session: Session, names: list[str]) -> None:
         if partial.exists():
             if name != ADAPTER:
                 session.tokenizer.save_pretrained(partial)
-            if not (partial / "adapter_config.json").is_file():
+            if not load.is_adapter(partial):
                 load.check_saved_model(partial, session.context.config.model)
             make_readable(partial)
             _rename_whole(partial)
@@ -86,10 +86,10 @@ def _save_weights(session: Session, trainer: Trainer, folder: Path) -> None:
         trainer.save_model(str(folder))
         (folder / "training_args.bin").unlink(missing_ok=True)
     elif session.context.runtime.is_main:
-        _save_in_precision(session, trainer.accelerator.unwrap_model(trainer.model), folder)
+        save_in_precision(session, trainer.accelerator.unwrap_model(trainer.model), folder)
 
 
-def _save_in_precision(session: Session, model: PreTrainedModel, folder: Path) -> None:
+def save_in_precision(session: Session, model: PreTrainedModel, folder: Path) -> None:
     """Weights are stored in the training precision: bf16 runs need no fp32 copies."""
     model = model.to(torch.bfloat16 if session.machine.bf16 else torch.float32)
     model.save_pretrained(folder)
@@ -115,13 +115,19 @@ def _save_adapter(session: Session, trainer: Trainer, adapter: Path, folder: Pat
         write_with_base(model, adapter, folder, finish)
     else:
         unset_hf_deepspeed_config()  # else ZeRO-3 would shard the base
-        merged = merged_model(
-            session.stage.policy,
-            adapter,
-            config.model,
-            seed=session.stage.seed,
-            peft=config.peft,
-            bf16=session.machine.bf16,
-        )
+        merged = folded_in(session, adapter)
         finish(merged.config)
-        _save_in_precision(session, merged, folder)
+        save_in_precision(session, merged, folder)
+
+
+def folded_in(session: Session, adapter: Path) -> PreTrainedModel:
+    """What the stage started from, with the adapter that it trained folded in, in fp32."""
+    config = session.context.config
+    return merged_model(
+        session.stage.policy,
+        adapter,
+        config.model,
+        seed=session.stage.seed,
+        peft=config.peft,
+        bf16=session.machine.bf16,
+    )

@@ -12,13 +12,12 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from align.config.adapters import NOT_MERGED
 from align.distributed import runtime
 from align.models.actor_critic import ActorCritic
-from align.models.peft import merged_model
 from align.models.reward import set_statistics
 from align.models.shared_base import POLICY as POLICY_ADAPTER
 from align.models.shared_base import VALUE as VALUE_ADAPTER
 from align.models.shared_base import SharedBase
 from align.stages.adapters import write_with_base
-from align.stages.saving import ADAPTER, POLICY, finish_folders, partial_folder
+from align.stages.saving import ADAPTER, POLICY, finish_folders, folded_in, partial_folder, save_in_precision
 from align.stages.session import Session
 from align.trainers.ppo import PPOTrainer
 
@@ -97,13 +96,6 @@ def _write_adapted(session: Session, actor: SharedBase, state: Mapping[str, Tens
     if config.peft.keep_adapter or config.peft.method in NOT_MERGED:
         write_with_base(actor.policy, folder, whole, lambda config: None)
         return
-    model = merged_model(
-        session.stage.policy,
-        folder,
-        config.model,
-        seed=session.stage.seed,
-        peft=config.peft,
-        bf16=session.machine.bf16,
-    )
+    model = folded_in(session, folder)
     model.config.use_cache = True
-    model.to(torch.bfloat16 if session.machine.bf16 else torch.float32).save_pretrained(whole)
+    save_in_precision(session, model, whole)

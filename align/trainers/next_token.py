@@ -1,14 +1,12 @@
 """Next-token figures of SFT: those that training adds up, and those of every token."""
 
-import inspect
-
 import torch
 from torch import Tensor, nn
 from trl.trainer import utils as trl_utils
 
 from align.data.fit import NOT_TRAINED
 from align.distributed.memory import logits_are_whole
-from align.models.layout import plain_model, prompt_learning
+from align.models.layout import plain_model, prompt_learning, takes_columns
 
 FIGURES = ("loss", "entropy", "mean_token_accuracy")
 """Of an evaluation, under TRL's names."""
@@ -41,8 +39,7 @@ def _whole(model: nn.Module, mask: Tensor) -> bool:
     """Whether the logits of all positions are small enough, and the model can be asked for some of them."""
     plain = plain_model(model)
     small = logits_are_whole(mask.numel(), plain.config.get_text_config().vocab_size)
-    takes_columns = "logits_to_keep" in inspect.signature(type(plain).forward).parameters
-    return small and takes_columns and not prompt_learning(model)
+    return small and takes_columns(plain) and not prompt_learning(model)
 
 
 def row_sums(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
