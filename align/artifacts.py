@@ -37,6 +37,10 @@ class Manifest:
     memory: dict[str, float] = field(default_factory=dict)
     """Of the rank that took most: `planned_bytes` of the device as do=plan counts them, `peak_bytes` that it took,
     `host_bytes` of the process. On a CPU the peak is what main memory grew by."""
+    parameters: dict[str, int] = field(default_factory=dict)
+    """`trained`, and in `total`, of the policy (of PPO also of the value model)."""
+    seconds: float = 0.0
+    """That the stage took in the launch that completed it."""
     template_digest: str | None = None
     packages: dict[str, str] = field(default_factory=dict)
     git_commit: str | None = None

@@ -5,6 +5,7 @@ import operator
 import os
 import re
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +18,7 @@ from align.artifacts import Manifest
 from align.config import command_line
 from align.config.adapters import NOT_MERGED, VIRTUAL_TOKENS
 from align.config.best import COMPARED, Needs, measured
-from align.config.errors import Stopped, UserError
+from align.config.errors import Pruned, Stopped, UserError
 from align.config.keys import slots_of
 from align.config.rewards import RewardSetting, parse_rewards
 from align.config.schema import (
@@ -94,7 +95,7 @@ def _run_chain(config: RunConfig) -> list[Manifest]:
             )
             refuse_unequal_config(config)
             manifests = [_run_stage(config, name, run_dir, this) for name in config.run]
-    except Stopped:
+    except (Stopped, Pruned):
         runtime.stop()
         raise
     if this.is_main:
@@ -321,6 +322,7 @@ def _run_stage(config: RunConfig, name: str, run_dir: Path, this: Runtime) -> Ma
     if this.is_main:
         _start_stage(context)
     runtime.barrier()
+    started = time.monotonic()
     try:
         manifest = RUN[name](getattr(config.stages, name), context)
     except (RuntimeError, MemoryError) as error:
@@ -329,6 +331,7 @@ def _run_stage(config: RunConfig, name: str, run_dir: Path, this: Runtime) -> Ma
         raise refusal from error
     runtime.barrier()
     if this.is_main:
+        manifest.seconds = round(time.monotonic() - started, 1)
         artifacts.write_manifest(context.stage_dir, manifest)
         _remove_checkpoints(context.stage_dir)
     runtime.barrier()

@@ -1,16 +1,12 @@
 """The command line: Hydra in, RunConfig out. The last place where a DictConfig exists.
 
 A run is composed with Hydra's compose API, so that no folder, log file or error format of Hydra's comes in between.
-Sweeps and `--info`, `--shell-completion`, `--cfg hydra` go through `hydra.main`.
+`--info`, `--shell-completion` and `--cfg hydra` go through `hydra.main`.
 """
 
 import argparse
 import os
-import re
-import shlex
-import shutil
 import sys
-import tempfile
 import traceback
 from pathlib import Path
 from typing import Any, NoReturn
@@ -27,7 +23,7 @@ USER_ERROR, INTERRUPTED = 2, 130
 def main(arguments: list[str]) -> int:
     """Run a command line; returns the exit code: 0 (also when stopped by SIGTERM or SIGUSR1), 2 for anything the user
     can mend, 130 when interrupted."""
-    command_line.remember(_as_typed(arguments))
+    command_line.remember(command_line.as_typed(arguments))
     try:
         return _dispatch(arguments)
     except UserError as error:
@@ -38,19 +34,15 @@ def main(arguments: list[str]) -> int:
     except RankLost as lost:
         return lost.exit_code
     except Stopped as stopped:
-        _say(f"{stopped}; the same command goes on: {_as_typed(arguments)}")
+        _say(f"{stopped}; the same command goes on: {command_line.as_typed(arguments)}")
         return 0
     except KeyboardInterrupt:
-        _say(f"interrupted; the same command resumes: {_as_typed(arguments)}")
+        _say(f"interrupted; the same command resumes: {command_line.as_typed(arguments)}")
         return INTERRUPTED
     except BrokenPipeError:
         # `| head` closed our output; nobody is left to tell.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-
-
-def _as_typed(arguments: list[str]) -> str:
-    return " ".join(["python -m align", *map(shlex.quote, arguments)])
 
 
 def run(config: RunConfig) -> int:
@@ -114,7 +106,9 @@ def _dispatch(arguments: list[str]) -> int:
     elif flags.hydra_help or flags.info or flags.shell_completion or flags.cfg in ("hydra", "all"):
         _hydra_main(arguments)
     elif flags.multirun:
-        return _sweep(flags.overrides, user_dir)
+        from align.verbs.sweep import run_members
+
+        return 0 if run_members(flags.overrides, user_dir, run) else USER_ERROR
     elif "do=recipes" in flags.overrides and not any("recipe=" in o for o in flags.overrides):
         print(listing.recipe_list(user_dir))
     else:
@@ -165,92 +159,14 @@ def _yaml(tree: Any, package: str | None, resolve: bool) -> str:
     return f"# @package {package}\n{text}"
 
 
-def _sweep(arguments: list[str], user_dir: Path | None) -> int:
-    """Run every combination, each in a folder of its own below run_dir; one that fails does not stop the others."""
-    from hydra.core.hydra_config import HydraConfig
-
-    from align.config import refusals, store
-
-    overrides = refusals.parse(arguments, user_dir)
-    store.check_command_line(overrides, sweep=True, user_dir=user_dir)
-    for member in _known_members(overrides):
-        store.compose_run(member, user_dir)
-    fixed = {o.input_line for o in overrides if not o.is_sweep_override()}
-    failed: list[str] = []
-    done: list[Path] = []
-    stopped: list[Stopped] = []
-
-    def run_member(_: Any) -> None:
-        if stopped:
-            return
-        member = list(HydraConfig.get().overrides.task)
-        name = member_name([line for line in member if line not in fixed])
-        base = store.compose_run(member, user_dir).config.run_dir
-        folder = f"{base}/{name}" if name else base
-        without = [line for line in member if not line.startswith("run_dir=")]
-        member = [*without, f"run_dir={store.quoted(folder)}"]
-        composed = store.compose_run(member, user_dir)
-        command_line.remember(_as_typed(member))
-        _say(f"sweep: {name or 'one run'} in {folder}")
-        try:
-            if run(composed.config):
-                failed.append(name)
-            elif composed.config.do is Verb.train:
-                done.append(Path(folder))
-        except Stopped as stop:
-            # Hydra would print a traceback of it.
-            stopped.append(stop)
-        except UserError as error:
-            failed.append(name)
-            _say(f"sweep: {name}: {error}")
-
-    # Hydra writes multirun.yaml and a folder a member; the run folders have all of it.
-    scratch = tempfile.mkdtemp(prefix="align-sweep-")
-    try:
-        own_dir = ["--config-dir", str(user_dir)] if user_dir else []
-        _hydra_main(["-m", *own_dir, *arguments, f"hydra.sweep.dir={scratch}"], run_member)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-    if stopped:
-        raise stopped[0]
-    if len(done) > 1 and os.environ.get("RANK", "0") == "0":
-        from align.tracking.report_files import SWEEP_REPORT, leave_comparison
-
-        print("\n".join(["", *leave_comparison(done, done[0].parent / SWEEP_REPORT)]))
-    if failed:
-        _say(f"sweep: {len(failed)} failed: {'; '.join(failed)}")
-    return USER_ERROR if failed else 0
-
-
-def _known_members(overrides: list[Any]) -> list[list[str]]:
-    """The members of a sweep over listed values, to be checked before one runs; other sweepers decide as they go."""
-    from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
-
-    if any(o.key_or_group.startswith(("hydra.", "hydra/")) for o in overrides):
-        return []
-    for override in overrides:
-        if override.is_sweep_override() and not override.is_discrete_sweep():
-            raise UserError(
-                f"{override.input_line}: name the values, or a sweeper that chooses them: hydra/sweeper=..."
-            )
-    return [member for batch in BasicSweeper.split_arguments(overrides, None) for member in batch]
-
-
-def member_name(lines: list[str]) -> str:
-    """A folder name that tells a sweep's members apart: the values that differ, without path separators."""
-    return ",".join(re.sub(r"[^\w.=+,-]+", "_", line.lstrip("+")) for line in sorted(lines))
-
-
-def _hydra_main(arguments: list[str], task: Any = None) -> None:
+def _hydra_main(arguments: list[str]) -> None:
     import hydra
 
     from align.config.store import register
 
     register()
     sys.argv = ["align", *arguments]
-    hydra.main(version_base="1.3", config_path=str(listing.conf_dir()), config_name="config")(
-        task or (lambda _: None)
-    )()
+    hydra.main(version_base="1.3", config_path=str(listing.conf_dir()), config_name="config")(lambda _: None)()
 
 
 def _say(message: str) -> None:

@@ -298,7 +298,7 @@ def test_wandb_keeps_no_code_and_no_secret_of_the_command_line(tmp_path, monkeyp
     monkeypatch.setattr(sys, "argv", ["align", f"data.prompts={HF_TOKEN}"])
     monkeypatch.delenv("WANDB_MODE", raising=False)
     log = LogConfig(wandb=True, mode=WandbMode.offline)
-    WandbRun(log, active=True, group="g", stage="sft", stage_dir=tmp_path)
+    WandbRun(log, "g", active=True, stage="sft", stage_dir=tmp_path)
     assert seen["settings"].disable_code is True and seen["argv"] == ["align", f"data.prompts={MASK}"]
     assert sys.argv[1].endswith(HF_TOKEN)
 

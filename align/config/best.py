@@ -91,7 +91,7 @@ FIGURES: dict[BestBy, Figure] = {
 
 def asked_for(stage: object) -> bool:
     """Whether evaluations while a stage trains decide anything."""
-    return isinstance(stage, StageConfig) and (stage.keep_best or stage.stop_after > 0)
+    return isinstance(stage, StageConfig) and (stage.keep_best or stage.stop_after > 0 or stage.prune)
 
 
 def measured(name: str, stage: object) -> Needs | None:

@@ -70,6 +70,7 @@ def _words(typed: Typed) -> dict[str, str]:
         "run": ", ".join(typed.config.run),
         "first": next((name for name in typed.config.run if name not in ("evaluate", "score")), "sft"),
         "stage": str(stage_of(typed.path)),
+        "verb": typed.config.do.value,
         "slots": ", ".join(f"data.{name}" for name in sorted(_slots_read(typed))),
     }
 
@@ -129,6 +130,11 @@ def models_of(config: RunConfig) -> Iterator[str]:
                 yield getattr(stage, field.name)
         if name == "ppo":
             yield from (str(setting.model) for setting in parse_rewards(stage.rewards) if setting.model)
+
+
+def _none_pruned(typed: Typed) -> bool:
+    stages = [getattr(typed.config.stages, name) for name in typed.config.run]
+    return not any(isinstance(stage, StageConfig) and stage.prune for stage in stages)
 
 
 def _measured(typed: Typed) -> set[Needs]:
@@ -205,6 +211,11 @@ RULES: tuple[Rule, ...] = (
         "data.on_bad_rows=drop never stops",
     ),
     ("plan.*", _not_doing(Verb.plan), "only do=plan reads it; add do=plan"),
+    *(
+        (f"sweep.{key}", _none_pruned, "no stage prunes; add stages.{first}.prune=true")
+        for key in ("prune_after", "prune_from_fraction")
+    ),
+    ("sweep.*", _not_doing(Verb.train), "do={verb} ranks nothing"),
     ("out", _not_doing(Verb.convert, Verb.report), "only do=convert and do=report write it"),
     ("report.*", _not_doing(Verb.report), "only do=report reads it; add do=report"),
     ("chat.*", _not_doing(Verb.chat), "only do=chat reads it; add do=chat"),
@@ -226,13 +237,17 @@ RULES: tuple[Rule, ...] = (
     ),
     *(
         (f"stages.{stage}.{key}", idle, f"nothing is judged between the first step and the last; {way}")
-        for key in ("keep_best", "stop_after")
+        for key in ("keep_best", "stop_after", "prune")
         for stage, idle, way in (
             ("ppo", lambda t: t.stage.sample_every == 0, "raise stages.ppo.sample_every"),
             ("*", lambda t: "ppo" not in t.path and t.stage.eval_every == 0, "add stages.{stage}.eval_every=50"),
         )
     ),
-    ("stages.*.best_by", lambda t: not asked_for(t.stage), "add stages.{stage}.keep_best=true or stop_after=3"),
+    (
+        "stages.*.best_by",
+        lambda t: not asked_for(t.stage),
+        "add stages.{stage}.keep_best=true or stop_after=3 (in a sweep also prune=true)",
+    ),
     (
         "best.*",
         lambda t: not _measured(t),

@@ -19,3 +19,12 @@ class Stopped(BaseException):
 
     Like KeyboardInterrupt no `Exception`, so that nobody who guards against a failing model takes it for one.
     """
+
+
+class Pruned(BaseException):
+    """A member of a sweep was ended early; the sweep goes on. As `Stopped`, no `Exception`."""
+
+    def __init__(self, says: str, figure: float) -> None:
+        """figure: the best of its evaluations."""
+        super().__init__(says)
+        self.figure = figure

@@ -26,7 +26,8 @@ usage: python -m align +recipe=NAME [GROUP=OPTION ...] [KEY=VALUE ...]
 
   --cfg job           print the whole configuration of this command line and stop (-p stages.dpo: a part of it)
   --help [KEY]        this text; with a key or section, such as stages.dpo, what its keys mean
-  -m                  sweep: run every combination of comma-separated values
+  -m                  sweep: run every combination of comma-separated values, then rank them; hydra/sweeper=optuna
+                      searches ranges, hydra/launcher=submitit_slurm makes Slurm jobs (docs/sweeps.md)
   --config-dir DIR    also find options of your own, such as DIR/recipe/mine.yaml
 """
 

@@ -39,6 +39,8 @@ LIMITS: dict[str, Limit] = {
     "chat.temperature": NOT_NEGATIVE,
     "chat.max_new_tokens": AT_LEAST_ONE,
     "chat.seed": (lambda value: 0 <= value < 2**32, "from 0 to 4294967295"),
+    "sweep.prune_after": AT_LEAST_ONE,
+    "sweep.prune_from_fraction": BELOW_ONE,
     "log.every": AT_LEAST_ONE,
     "stages.*.max_steps": AT_LEAST_ONE,
     "stages.*.epochs": ABOVE_ZERO,

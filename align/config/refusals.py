@@ -6,6 +6,7 @@ Hydra adds unknown `+x=y` silently and runs the default job when a group is miss
 import difflib
 from collections.abc import Iterator
 from enum import Enum
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
@@ -118,6 +119,13 @@ def _refuse_form(override: Override, sweep: bool) -> None:
         raise UserError(f"{line}: nothing can be taken out of a run; {hint}")
     if key.startswith(("hydra.", "hydra/")) and not sweep:
         raise UserError(f"{line} has no effect: only sweeps (-m) run inside Hydra")
+    if not sweep and only_in_sweeps(key):
+        raise UserError(f"{line} would have no effect: only sweeps (-m) read it")
+
+
+def only_in_sweeps(name: str) -> bool:
+    """Whether a key is read in sweeps alone."""
+    return name.startswith("sweep.") or fnmatchcase(name, "stages.*.prune")
 
 
 def _bracketed(line: str) -> str:

@@ -192,6 +192,18 @@ class BestBy(Enum):
     garbled = "garbled"
 
 
+class SweepBy(Enum):
+    """The figure by which the members of a sweep are ranked, and which a search makes better."""
+
+    auto = "auto"
+    win_rate = "win_rate"
+    helpful = "helpful"
+    label_accuracy = "label_accuracy"
+    score = "score"
+    accuracy = "accuracy"
+    loss = "loss"
+
+
 class Draw(Enum):
     """How the principles of a prompt's rounds are drawn, likelier by weight; `in_order` takes them as written."""
 
@@ -431,6 +443,19 @@ class PlanConfig:
 
 
 @dataclass
+class SweepConfig:
+    """`-m`: how the members of a sweep are ranked, and from when one may be ended early."""
+
+    by: SweepBy = SweepBy.auto
+    """auto (the first that all members have) | win_rate | helpful | label_accuracy | score | accuracy | loss. A search
+    needs one named."""
+    prune_after: int = 4
+    """stages.X.prune: members that have to be complete before one is ended."""
+    prune_from_fraction: float = 0.0
+    """stages.X.prune: share of the stage's steps before which no member is ended."""
+
+
+@dataclass
 class ReportConfig:
     """`do=report`: which runs, and where their report goes."""
 
@@ -519,6 +544,9 @@ class StageConfig:
     in docs/evaluation.md. What held-out rows do not tell is measured at each evaluation, see `best`."""
     stop_after: int = 0
     """Evaluations in a row that are not better by best_by, after which training ends. 0: never. Needs eval_every."""
+    prune: bool = False
+    """In a sweep: end this run where its best evaluation by best_by is worse than the median of the other members' at
+    that step. See `sweep` for when. Needs eval_every."""
     max_nonfinite_steps: int = 3
     """Steps whose loss or gradient is not finite are skipped and counted; one more than this ends the run."""
 
@@ -955,6 +983,7 @@ class RunConfig:
     deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)
     launch: LaunchConfig = field(default_factory=LaunchConfig)
     plan: PlanConfig = field(default_factory=PlanConfig)
+    sweep: SweepConfig = field(default_factory=SweepConfig)
     report: ReportConfig = field(default_factory=ReportConfig)
     chat: ChatConfig = field(default_factory=ChatConfig)
     log: LogConfig = field(default_factory=LogConfig)

@@ -55,14 +55,14 @@ def register() -> None:
     ConfigStore.instance().store(name="schema", node=RunConfig)
 
 
-def compose_run(arguments: list[str], user_dir: Path | None = None) -> Composed:
-    """The run that a command line asks for.
+def compose_run(arguments: list[str], user_dir: Path | None = None, *, sweep: bool = False) -> Composed:
+    """The run that a command line asks for. sweep: it is a member of one.
 
     Raises: UserError for anything wrong with it, one line with a near match.
     """
     overrides = refusals.parse(arguments, user_dir)
-    recipe = check_command_line(overrides, sweep=False, user_dir=user_dir)
-    arguments = [line for override in overrides if (line := _line(override))]
+    recipe = check_command_line(overrides, sweep=sweep, user_dir=user_dir)
+    arguments = [line(override) for override in overrides]
     tree, choices = _compose(arguments, user_dir)
     extra, notes = _options_in_force(tree, choices, overrides)
     if extra:
@@ -103,7 +103,7 @@ def _stages_to_run(overrides: list[Override], recipe: str, user_dir: Path | None
     return list((OmegaConf.load(file) or {}).get("run") or [])
 
 
-def _line(override: Override) -> str:
+def line(override: Override) -> str:
     """The override as Hydra takes it; a name below a dictionary, such as an evaluated model's, needs no plus, and
     neither does a dictionary of such names."""
     key = keys.find(override.key_or_group)

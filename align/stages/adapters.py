@@ -20,13 +20,18 @@ START = "adapter_start"
 """PiSSA takes its start out of the base: it is kept, so that the adapter can be saved for the base as it was."""
 
 
+def parameter_counts(model: nn.Module) -> tuple[int, int]:
+    """How many parameters are trained, and how many there are; also of one whose parameters are shared out."""
+    trained = sum(_numbers(parameter) for parameter in model.parameters() if parameter.requires_grad)
+    return trained, sum(map(_numbers, model.parameters()))
+
+
 def trained_words(session: Any, model: nn.Module) -> str:
     """How many parameters are trained, of how many, and the memory that `do=plan` counts for them.
 
     session: an `align.stages.session.Session`.
     """
-    trained = sum(_numbers(parameter) for parameter in model.parameters() if parameter.requires_grad)
-    total = sum(map(_numbers, model.parameters()))
+    trained, total = parameter_counts(model)
     peft, machine = session.context.config.peft, session.machine
     offload = session.context.config.deepspeed.offload.value != "none" and machine.zero is not None
     sharding = Sharding(session.zero_stage, offload, machine.world_size)

@@ -55,8 +55,11 @@ def stage_record(config: RunConfig, stage_name: str, run_dir: Path) -> dict[str,
     for slot in EVERY_SLOT - set(slots_of(config, stage_name)):
         del data[slot]
     del model["path"], model["pickled_weights"]
+    stage = plain(getattr(config.stages, stage_name))
+    # Whether it is ended early is no part of what it makes if it is not.
+    stage.pop("prune", None)
     record = {
-        "stages": {stage_name: plain(getattr(config.stages, stage_name))},
+        "stages": {stage_name: stage},
         "model": model,
         "data": data,
         "peft": plain(config.peft),

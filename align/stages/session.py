@@ -12,7 +12,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from align import artifacts
 from align.artifacts import Manifest
 from align.config.adapters import refuse_sharding
-from align.config.best import asked_for
+from align.config.best import FIGURES, asked_for, key_of
 from align.config.errors import UserError
 from align.config.schema import AdapterStart, PeftMethod, PPOStage, StageConfig
 from align.data.encoded import largest_token
@@ -36,6 +36,7 @@ from align.trainers.adapters import AdapterCallbacks
 from align.trainers.arguments import Machine, trainer_arguments
 from align.trainers.best import Best, HeldOutGuard
 from align.trainers.callbacks import Report, StopAtNaN
+from align.trainers.pruning import Pruning
 from align.trainers.quiet import quiet_libraries
 from align.trainers.stopping import StopTogether
 
@@ -66,6 +67,8 @@ class Session:
     """Counts what memory the stage takes."""
     planned_bytes: float = 0.0
     """What it was expected to take of a device; 0: that could not be counted."""
+    parameters: dict[str, int] = field(default_factory=dict)
+    """`trained` and `total`, once the trainer has run."""
     kept_step: int | None = None
     """With keep_best: the step whose weights are the policy."""
 
@@ -152,7 +155,7 @@ def open_session(stage: StageConfig, context: RunContext) -> Session:
     zero_dict = None if zero_stage is None else zero.zero_dict(zero_stage, config.deepspeed.offload, bf16=bf16)
     machine = Machine(run.world_size, run.device.startswith("cuda"), bf16, zero_dict)
     wandb_run = WandbRun(
-        config.log, active=run.is_main, group=config.name, stage=context.stage_name, stage_dir=context.stage_dir
+        config.log, config.name, active=run.is_main, stage=context.stage_name, stage_dir=context.stage_dir
     )
     inputs = input_digests(stage.policy, "policy") + prepared.inputs
     wandb_run.describe(plain(config), inputs)
@@ -167,7 +170,9 @@ def open_session(stage: StageConfig, context: RunContext) -> Session:
     seal = checkpoints.SealCheckpoint(run.is_main, _identity(session))
     session.callbacks = [session.stop, *session.adapter.callbacks, seal]
     if asked_for(stage):
-        session.best = Best(context.stage_name, stage, active=run.is_main, alert=wandb_run.alert)
+        session.best = Best(
+            context.stage_name, stage, active=run.is_main, alert=wandb_run.alert, pruning=_pruning(context, stage)
+        )
         if not len(prepared.held_out) and not isinstance(stage, PPOStage):
             key = f"stages.{context.stage_name}.{'keep_best=true' if stage.keep_best else 'stop_after'}"
             raise UserError(f"{key}: no row is held out to judge by; raise data.held_out_fraction")
@@ -177,6 +182,13 @@ def open_session(stage: StageConfig, context: RunContext) -> Session:
         session.callbacks.append(HeldOutGuard(context.stage_name, wandb_run.alert))
     session.callbacks.append(StopAtNaN(context.stage_name, wandb_run.alert))
     return session
+
+
+def _pruning(context: RunContext, stage: StageConfig) -> Pruning | None:
+    if not stage.prune:
+        return None
+    name = context.stage_name
+    return Pruning(context.config.sweep, context.run_dir, name, FIGURES[stage.best_by], key_of(name, stage))
 
 
 def _zero_stage(context: RunContext, prepared: Prepared) -> int | None:
@@ -288,8 +300,8 @@ def log_manifest(manifest: Manifest, context: RunContext) -> None:
     """Send a stage that trains nothing to wandb: its config, inputs and figures."""
     run = WandbRun(
         context.config.log,
+        context.config.name,
         active=context.runtime.is_main,
-        group=context.config.name,
         stage=context.stage_name,
         stage_dir=context.stage_dir,
     )

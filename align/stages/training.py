@@ -12,6 +12,7 @@ from align import artifacts
 from align.artifacts import Manifest
 from align.config.schema import PeftMethod
 from align.distributed import runtime
+from align.stages.adapters import parameter_counts
 from align.stages.best import SAMPLES, Measures, measures
 from align.stages.context import stage_record
 from align.stages.saving import ADAPTER, POLICY, save_model
@@ -72,6 +73,7 @@ def run_trainer(session: Session, trainer: SurvivingTrainer) -> None:
         trainer.measure = _measure(session, trainer, asked)
     if session.elastic:
         trainer.add_callback(MendElastic(trainer, session.resume_from))
+    session.parameters = dict(zip(("trained", "total"), parameter_counts(trainer.model), strict=True))
     trainer.train(resume_from_checkpoint=str(session.resume_from) if session.resume_from else None)
     session.stop.end(trainer.state.global_step)
 
@@ -153,6 +155,7 @@ def _manifest(session: Session, steps: int, outputs: list[str], figures: Mapping
         world_size=session.machine.world_size,
         zero_stage=session.zero_stage,
         memory=_memory(session),
+        parameters=session.parameters,
         template_digest=session.template.digest,
     )
     if context.runtime.is_main:

@@ -3,11 +3,12 @@
 from collections.abc import Sequence
 from typing import Any
 
+from align.config.schema import SweepBy
 from align.tracking.curves import Point
 from align.tracking.lineage import lineage
-from align.tracking.page import Html, html, table
+from align.tracking.page import Figure, Html, html, table
 from align.tracking.parallel import STYLE, parallel_plot
-from align.tracking.ranking import labels, ranking, settings_that_differ
+from align.tracking.ranking import Cost, labels, ranking, settings_that_differ
 from align.tracking.report_figures import CURVES, Curve, headline_figures, points, verdict
 from align.tracking.report_page import figure, framed, number_cell, tree_item
 from align.tracking.run_folder import RunFolder
@@ -16,13 +17,16 @@ MOST_OVERLAID = 8
 """Lines that can still be told apart in one plot."""
 
 
-def compare_page(runs: Sequence[RunFolder]) -> str:
-    """The whole page; each run under the shortest end of its path that is its own."""
+def compare_page(runs: Sequence[RunFolder], by: SweepBy = SweepBy.auto, others: Sequence[str] = ()) -> str:
+    """The whole page; each run under the shortest end of its path that is its own.
+
+    by: what ranks them. others: of members of a sweep that have no place, a line each.
+    """
     names = labels(runs)
     top = [f"<h1>{len(runs)} runs compared</h1>"]
     top += ["<ul>", *(_verdict_item(name, run) for name, run in zip(names, runs, strict=True)), "</ul>"]
     sections = [
-        ("Ranking", _ranking(runs, names)),
+        ("Ranking", _ranking(runs, names, by) + _without_place(others)),
         ("Figures", _figures(runs, names)),
         ("Settings that differ", _settings(runs, names)),
         ("Curves", _curves(runs, names)),
@@ -35,9 +39,13 @@ def _verdict_item(name: str, run: RunFolder) -> str:
     return f"<li><strong>{html(name)}</strong>: {html(verdict(run))}</li>"
 
 
-def _ranking(runs: Sequence[RunFolder], names: Sequence[str]) -> list[str]:
+def _without_place(others: Sequence[str]) -> list[str]:
+    return ["<ul>", *(f"<li>{html(line)}</li>" for line in others), "</ul>"] if others else []
+
+
+def _ranking(runs: Sequence[RunFolder], names: Sequence[str], by: SweepBy) -> list[str]:
     """A row a run with its settings that differ, as after a sweep, and their lines over these settings."""
-    found = ranking(runs)
+    found = ranking(runs, by)
     if found is None:
         return []
     rows = [
@@ -45,11 +53,12 @@ def _ranking(runs: Sequence[RunFolder], names: Sequence[str]) -> list[str]:
             Html(f'<span class="run">{html(names[place])}</span>'),
             number_cell(found.values[place], "{:.4g}"),
             *(_setting(values[place]) for values in found.settings.values()),
+            *(Figure(html(words)) for words in found.costs[place].words()),
         ]
         for place in found.places
     ]
     says = f"The best first, by {found.figure}; the figure of one run, without an interval."
-    parts = [f'<p class="soft">{html(says)}</p>', table(["run", found.figure, *found.settings], rows)]
+    parts = [f'<p class="soft">{html(says)}</p>', table(["run", found.figure, *found.settings, *Cost.HEADER], rows)]
     if found.settings:
         plot = parallel_plot(found.settings | {found.figure: found.values}, found.places[0])
         caption = f"A line a run; the strong one is {names[found.places[0]]}, the first of the table."

@@ -3,21 +3,61 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from align.artifacts import Manifest
+from align.config.errors import UserError
+from align.config.schema import SweepBy
 from align.tracking.report_figures import headline_figures, shown
 from align.tracking.run_folder import RunFolder
 
 MOST_RANKED_SETTINGS = 6
 """Beside a ranking; more of them make no table that can be read."""
-RANKED_BY = (
-    ("evaluated: win.rate", 1),
-    ("evaluated: helpful", 1),
-    ("score of held-out prompts", 1),
-    ("reward accuracy", 1),
-    ("held-out loss", -1),
-)
+RANKED_BY = {
+    SweepBy.win_rate: ("evaluated: win.rate", 1),
+    SweepBy.helpful: ("evaluated: helpful", 1),
+    SweepBy.label_accuracy: ("classified: accuracy", 1),
+    SweepBy.score: ("score of held-out prompts", 1),
+    SweepBy.accuracy: ("reward accuracy", 1),
+    SweepBy.loss: ("held-out loss", -1),
+}
 """How figures end by which runs are ranked, the first that all have; 1: more is better. A loss comes last: with another
 beta or another objective it is another loss."""
-NOT_A_SETTING = ("run_dir", "cache_dir", "do", "out", "report", "plan", "launch", "log")
+NOT_A_SETTING = ("run_dir", "cache_dir", "do", "out", "report", "plan", "launch", "log", "sweep")
+
+
+class Cost(NamedTuple):
+    """What a run took, over its stages."""
+
+    trained: int
+    """Parameters trained, of the stage that trained most; 0: not known."""
+    peak_bytes: float
+    """Of a rank, of the stage that took most."""
+    seconds: float
+    """Of all stages, each of the launch that completed it."""
+
+    HEADER = ("trained", "memory", "time")  # type: ignore[misc]
+
+    def words(self) -> list[str]:
+        """As people read them; a dash for what was not recorded."""
+        return [
+            f"{self.trained:,}" if self.trained else "-",
+            f"{self.peak_bytes / 2**20:,.0f} MiB" if self.peak_bytes else "-",
+            _time(self.seconds) if self.seconds else "-",
+        ]
+
+
+def _time(seconds: float) -> str:
+    minutes, left = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {left:02} s" if minutes else f"{left} s"
+
+
+def cost(manifests: Sequence[Manifest]) -> Cost:
+    """Of the stages of a run."""
+    return Cost(
+        max((m.parameters.get("trained", 0) for m in manifests), default=0),
+        max((m.memory.get("peak_bytes", 0.0) for m in manifests), default=0.0),
+        sum(m.seconds for m in manifests),
+    )
 
 
 class Ranking(NamedTuple):
@@ -30,28 +70,45 @@ class Ranking(NamedTuple):
     """Of the figure, in the order of `runs`."""
     settings: dict[str, list[Any]]
     """In which the runs differ, in their order; none where there are too many for a table."""
+    costs: list["Cost"]
+    """In the order of `runs`."""
 
     def lines(self, names: Sequence[str]) -> list[str]:
         """As a table of text, for the end of a sweep."""
-        header = [self.figure, *self.settings, "run"]
+        header = [self.figure, *self.settings, *Cost.HEADER, "run"]
         rows = [
-            [shown(self.values[at], "{:.4g}"), *(_text(values[at]) for values in self.settings.values()), names[at]]
+            [
+                shown(self.values[at], "{:.4g}"),
+                *(_text(values[at]) for values in self.settings.values()),
+                *self.costs[at].words(),
+                names[at],
+            ]
             for at in self.places
         ]
         widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
         return ["  ".join(map(str.ljust, line, widths)).rstrip() for line in (header, *rows)]
 
 
-def ranking(runs: Sequence[RunFolder]) -> Ranking | None:
+def ranking(runs: Sequence[RunFolder], by: SweepBy = SweepBy.auto) -> Ranking | None:
     """None if no figure of the same rows is there in all runs."""
-    order = ranked(runs)
+    order = ranked(runs, by)
     if order is None:
         return None
     figure, places = order
     differing = {key: values for key, values in settings_that_differ(runs).items() if key not in ("name", "run")}
     if len(differing) > MOST_RANKED_SETTINGS:
         differing = {}
-    return Ranking(figure, places, [headline_figures(run)[figure] for run in runs], differing)
+    values = [headline_figures(run)[figure] for run in runs]
+    return Ranking(figure, places, values, differing, [cost([s.manifest for s in run.stages]) for run in runs])
+
+
+def figure_of(run: RunFolder, by: SweepBy) -> float:
+    """The figure that a search makes better. Raises: UserError if the run has none such."""
+    figures, (ending, _) = headline_figures(run), RANKED_BY[by]
+    found = [value for name, value in figures.items() if name.endswith(ending)]
+    if not found:
+        raise UserError(f"sweep.by={by.value}: the run has no such figure, only {', '.join(figures) or 'none at all'}")
+    return found[-1]
 
 
 def _text(value: Any) -> str:
@@ -68,17 +125,20 @@ def labels(runs: Sequence[RunFolder]) -> list[str]:
     return found
 
 
-def ranked(runs: Sequence[RunFolder]) -> tuple[str, list[int]] | None:
+def ranked(runs: Sequence[RunFolder], by: SweepBy = SweepBy.auto) -> tuple[str, list[int]] | None:
     """The figure that all runs have, of the same rows, by which they are ranked, and their places in `runs`, the best
     first."""
     found = [headline_figures(run) for run in runs]
-    for name, better in RANKED_BY:
+    for name, better in RANKED_BY.values() if by is SweepBy.auto else [RANKED_BY[by]]:
         keys = [key for key in found[0] if key.endswith(name) and all(key in figures for figures in found)]
         keys = [key for key in keys if _same_rows(runs, key.split(":")[0].replace("evaluated", "evaluate"))]
         if keys:
             # Of stages that all ran the last one counts.
             of_runs = [figures[keys[-1]] for figures in found]
-            return keys[-1], sorted(range(len(runs)), key=lambda place: better * of_runs[place], reverse=True)
+            trained = [cost([s.manifest for s in run.stages]).trained for run in runs]
+            # Of two that are as good, the one that trained less.
+            order = sorted(range(len(runs)), key=lambda place: (-better * of_runs[place], trained[place]))
+            return keys[-1], order
     return None
 
 

@@ -14,6 +14,7 @@ from align.artifacts import Manifest, digest_value
 from align.config.errors import UserError
 from align.config.redaction import redacted, redacted_text
 from align.config.schema import LogConfig
+from align.tracking.members import wandb_names
 from align.tracking.progress import say
 from align.tracking.report_samples import prompt_text, reply_text
 from align.tracking.run_folder import read_lines
@@ -62,9 +63,9 @@ def check_wandb(log: LogConfig) -> None:
 class WandbRun:
     """What a stage logs to. Made on every rank; only an `active` one (rank 0) speaks, and only with log=wandb."""
 
-    def __init__(self, log: LogConfig, *, active: bool, group: str, stage: str, stage_dir: Path) -> None:
+    def __init__(self, log: LogConfig, recipe: str, *, active: bool, stage: str, stage_dir: Path) -> None:
         mode = wandb_mode(log) if active else "disabled"
-        self.run = None if mode == "disabled" else _open_run(log, mode, group, stage, stage_dir)
+        self.run = None if mode == "disabled" else _open_run(log, mode, recipe, stage, stage_dir)
         self.online, self.upload, self.stage_dir = mode == "online", log.upload_models, stage_dir
 
     def describe(self, config: dict[str, Any], inputs: list[dict[str, str]]) -> None:
@@ -119,7 +120,7 @@ def _flat_reply(line: dict[str, Any]) -> dict[str, str]:
     return {"prompt": prompt_text(line["prompt"])} | {name: reply_text(text) for name, text in line["replies"].items()}
 
 
-def _open_run(log: LogConfig, mode: str, group: str, stage: str, stage_dir: Path) -> Any:
+def _open_run(log: LogConfig, mode: str, recipe: str, stage: str, stage_dir: Path) -> Any:
     """A new run, or the one that an interrupted stage had."""
     wandb = quiet_wandb()
     settings: dict[str, Any] = {"console": "off", "silent": True, "finish_timeout": FINISH_SECONDS}
@@ -128,6 +129,7 @@ def _open_run(log: LogConfig, mode: str, group: str, stage: str, stage_dir: Path
     if "WANDB_DISABLE_CODE" not in os.environ:
         settings["disable_code"] = True  # else it uploads what is not committed in the user's repository
     check_wandb(log)  # else wandb asks for a key on the terminal, and waits
+    group, name = wandb_names(stage_dir.parent, recipe)
     typed = sys.argv
     sys.argv = [redacted_text(word) for word in typed]  # wandb keeps the command line
     try:
@@ -136,7 +138,7 @@ def _open_run(log: LogConfig, mode: str, group: str, stage: str, stage_dir: Path
             entity=log.entity,
             group=group,
             job_type=stage,
-            name=f"{group}/{stage}",
+            name=f"{name}/{stage}",
             id=_kept_id(stage_dir),
             resume="allow",
             # In a sweep, a stage that failed may have left its run open.

@@ -11,6 +11,7 @@ from transformers import TrainerCallback
 from align.config.best import FIGURES, key_of
 from align.config.schema import StageConfig
 from align.tracking.progress import say
+from align.trainers.pruning import Pruning
 
 Alert = Callable[[str, str], None]
 """Takes a title and a text; `align.tracking.wandb_run.WandbRun.alert`, which is silent on other ranks."""
@@ -28,13 +29,15 @@ class SoFar(NamedTuple):
 
 class Best(TrainerCallback):
     """With keep_best it saves after each evaluation that is the best so far, and the Trainer keeps that checkpoint;
-    with stop_after it ends training after so many that are not. On every rank.
+    with stop_after it ends training after so many that are not. In a sweep it may end the member. On every rank.
 
     The model before the first step does not count.
     """
 
-    def __init__(self, name: str, stage: StageConfig, *, active: bool, alert: Alert) -> None:
-        self.name, self.stage, self.active, self.alert = name, stage, active, alert
+    def __init__(
+        self, name: str, stage: StageConfig, *, active: bool, alert: Alert, pruning: Pruning | None = None
+    ) -> None:
+        self.name, self.stage, self.active, self.alert, self.pruning = name, stage, active, alert, pruning
         self.figure, self.key = FIGURES[stage.best_by], key_of(name, stage)
         self.stopped = False
 
@@ -67,6 +70,8 @@ class Best(TrainerCallback):
             )
             say(f"{self.name}: {text}", active=self.active)
             self.alert(f"{self.name}: stopped early", text)
+        if self.pruning is not None and not self.stopped:
+            self.pruning.judge(found.best, moment, state.global_step / state.max_steps)
 
     def so_far(self, log: Sequence[Mapping[str, Any]]) -> SoFar:
         """Of a log of evaluations, of which the last of a step counts. An evaluation without the figure is none that

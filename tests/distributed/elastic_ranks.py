@@ -11,7 +11,7 @@ import sys
 import traceback
 from pathlib import Path
 
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 
 from align.chain import _run_stage
 from align.config.errors import Stopped
@@ -79,7 +79,7 @@ class StopAfter(TrainerCallback):
 
 def main(folder: Path, stop_after: int, modes: list[str]) -> None:
     quiet_libraries()
-    begin, norm = SurvivingTrainer.__init__, SurvivingTrainer._get_grad_norm
+    begin, norm = Trainer.__init__, SurvivingTrainer._get_grad_norm
     rows: dict[int, list[int]] = {}
 
     def init(self, *args, **kwargs):
@@ -90,7 +90,8 @@ def main(folder: Path, stop_after: int, modes: list[str]) -> None:
         rows[self.state.global_step + 1] = self.rows_of_step()
         return norm(self, *args, **kwargs)
 
-    SurvivingTrainer.__init__, SurvivingTrainer._get_grad_norm = init, remember
+    # Of transformers: TRL's trainers lie between it and ours.
+    Trainer.__init__, SurvivingTrainer._get_grad_norm = init, remember
     for mode in modes:
         name, _, text = mode.partition(":")
         run = config(folder, name, dict(item.split("=") for item in text.split(",") if item))

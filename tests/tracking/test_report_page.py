@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 
 from align.config.errors import UserError
+from align.config.schema import SweepBy
 from align.tracking.compare_page import compare_page
-from align.tracking.ranking import labels, ranked, ranking, settings_that_differ
+from align.tracking.ranking import cost, labels, ranked, ranking, settings_that_differ
 from align.tracking.report_figures import model_figures, verdict
 from align.tracking.report_files import REPORT, leave_report, write_report
 from align.tracking.report_page import report_page
@@ -152,9 +153,13 @@ def test_runs_are_ranked_by_the_first_figure_that_all_have(tmp_path):
         write_dpo(tmp_path / name, settings=settings, metrics={"before/loss": 0.7, "after/loss": loss})
     runs = [read_run(tmp_path / name) for name in "abc"]
     assert ranked(runs) == ("dpo: held-out loss", [1, 2, 0])
+    took = ["-", "1,024 MiB", "-"]
     assert cells(compare_page(runs), "Ranking") == [
-        ["run", "dpo: held-out loss", "stages.dpo.beta"], ["b", "0.2", "0.3"], ["c", "0.3", "0.2"], ["a", "0.5", "0.1"],
-    ]  # fmt: skip
+        ["run", "dpo: held-out loss", "stages.dpo.beta", "trained", "memory", "time"],
+        ["b", "0.2", "0.3", *took],
+        ["c", "0.3", "0.2", *took],
+        ["a", "0.5", "0.1", *took],
+    ]
     page = compare_page(runs)
     # Upwards on an axis of beta: a (0.1), c (0.2), b (0.3); on that of the loss b (0.2), c, a. b is the strong line.
     ways = re.findall(r'<path class="(way[^"]*)" d="M70.0 ([\d.]+)L570.0 ([\d.]+)"', page)
@@ -162,11 +167,13 @@ def test_runs_are_ranked_by_the_first_figure_that_all_have(tmp_path):
     heights = {name: (float(left), float(right)) for name, (_, left, right) in zip("acb", ways, strict=True)}
     assert heights["a"][0] > heights["c"][0] > heights["b"][0] and heights["a"][1] < heights["c"][1] < heights["b"][1]
     assert ranking(runs).lines(labels(runs)) == [
-        "dpo: held-out loss  stages.dpo.beta  run",
-        "0.2                 0.3              b",
-        "0.3                 0.2              c",
-        "0.5                 0.1              a",
+        "dpo: held-out loss  stages.dpo.beta  trained  memory     time  run",
+        "0.2                 0.3              -        1,024 MiB  -     b",
+        "0.3                 0.2              -        1,024 MiB  -     c",
+        "0.5                 0.1              -        1,024 MiB  -     a",
     ]
+    assert ranking(runs, SweepBy.loss) == ranking(runs)
+    assert ranking(runs, SweepBy.helpful) is None
     judged = [run_of(tmp_path / "d"), run_of(tmp_path / "e")]
     assert ranked(judged) == ("evaluated: helpful", [0, 1])
     assert ranked([*runs, *judged])[0] == "dpo: held-out loss"
@@ -196,3 +203,21 @@ def test_a_folder_without_a_complete_stage_is_refused(tmp_path):
     with pytest.raises(UserError, match="cannot be written"):
         (tmp_path / "file").write_text("")
         write_report([run_of(tmp_path / "run")], tmp_path / "file" / "report.html")
+
+
+def test_of_runs_that_are_as_good_the_one_that_trained_less_comes_first(tmp_path):
+    for name, trained, loss in (("a", 3, 0.5), ("b", 2, 0.5), ("c", 9, 0.1)):
+        figures = {"before/loss": 0.7, "after/loss": loss}
+        write_dpo(
+            tmp_path / name,
+            metrics=figures,
+            parameters={"trained": trained},
+            seconds=3661.0,
+            memory={"peak_bytes": 2.0**30},
+        )
+    runs = [read_run(tmp_path / name) for name in "abc"]
+    assert ranked(runs)[1] == [2, 1, 0]
+    assert cost([stage.manifest for stage in runs[0].stages]) == (3, 2.0**30, 3661.0)
+    assert [line.split()[2:] for line in ranking(runs).lines(labels(runs))[1:]] == [
+        ["1,024", "MiB", "1", "h", "01", "min", name] for name in "cba"
+    ]

@@ -23,7 +23,7 @@ def left(run_dir, monkeypatch, *, stage="sft", upload=False):
     monkeypatch.delenv("WANDB_MODE", raising=False)
     log = LogConfig(wandb=True, project="village", mode=WandbMode.offline, upload_models=upload)
     manifest = read_manifest(run_dir / stage)
-    run = WandbRun(log, active=True, group="hand", stage=stage, stage_dir=run_dir / stage)
+    run = WandbRun(log, "hand", active=True, stage=stage, stage_dir=run_dir / stage)
     run.describe(CONFIG, manifest.inputs)
     run.alert("ppo: kl", "update 7: kl/nats_per_token 1.3")
     run.leave(manifest)

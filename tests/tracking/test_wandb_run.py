@@ -10,6 +10,7 @@ import pytest
 
 from align.config.errors import UserError
 from align.config.schema import LogConfig, WandbMode
+from align.tracking.members import Member
 from align.tracking.wandb_run import WandbRun, check_wandb, wandb_mode
 from tests.tracking.wandb_file import read_runs
 
@@ -21,7 +22,7 @@ REPO = Path(__file__).resolve().parents[2]
 
 def opened(run_dir: Path, *, log: LogConfig = OFFLINE, active: bool = True, stage: str = "sft") -> WandbRun:
     (run_dir / stage).mkdir(exist_ok=True, parents=True)
-    return WandbRun(log, active=active, group="sft_dpo", stage=stage, stage_dir=run_dir / stage)
+    return WandbRun(log, "sft_dpo", active=active, stage=stage, stage_dir=run_dir / stage)
 
 
 @pytest.fixture
@@ -43,6 +44,13 @@ def test_a_run_has_project_group_job_type_tags_config_and_input_digests(tmp_path
     assert [(row["train/global_step"], row["loss"], row["rewards/chosen"]) for row in seen["rows"]] == [(1, 0.5, 0.25)]
     assert (seen["summary"]["before/loss"], seen["summary"]["after/loss"]) == (0.75, 0.5)
     assert seen["exit_code"] == 0
+
+
+def test_members_of_a_sweep_make_a_group_of_their_own(tmp_path, mode_from_config):
+    Member("c0ffee42", "peft.r=4", tmp_path).write()
+    opened(tmp_path).finish({})
+    (seen,) = read_runs(tmp_path)
+    assert (seen["group"], seen["name"], seen["job_type"]) == ("sft_dpo sweep c0ffee", "peft.r=4/sft", "sft")
 
 
 def test_an_interrupted_stage_goes_on_in_the_run_it_had_and_another_stage_has_its_own(tmp_path, mode_from_config):
@@ -122,7 +130,7 @@ except UserError as error:
 import wandb
 wandb.login = lambda **_: True
 try:
-    WandbRun(LogConfig(wandb=True), active=True, group="g", stage="sft", stage_dir=Path("."))
+    WandbRun(LogConfig(wandb=True), "g", active=True, stage="sft", stage_dir=Path("."))
 except UserError as error:
     print("refused:", error)
 """

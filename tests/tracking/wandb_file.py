@@ -37,7 +37,8 @@ def _values(items: Any) -> dict[str, Any]:
 
 
 def read_run(path: Path) -> dict[str, Any]:
-    """id, project, group, job_type, tags, config, axis (of every metric), rows, summary, artifacts, alerts, exit_code.
+    """id, project, group, job_type, name, tags, config, axis (of every metric), rows, summary, artifacts, alerts,
+    exit_code.
 
     Of a .wandb file. Artifacts: {name, type, aliases, files, metadata}, the tables that wandb makes left out.
     """
@@ -47,7 +48,7 @@ def read_run(path: Path) -> dict[str, Any]:
         if kind == "run":
             seen = record.run
             run |= {"id": seen.run_id, "project": seen.project, "group": seen.run_group, "job_type": seen.job_type}
-            run["tags"] = list(seen.tags)
+            run["tags"], run["name"] = list(seen.tags), seen.display_name
             run["config"] |= _values(seen.config.update)
         elif kind == "config":
             run["config"] |= _values(record.config.update)
