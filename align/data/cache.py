@@ -9,14 +9,16 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import datasets
 import transformers
 from filelock import FileLock
 
 from align.config.errors import UserError
 from align.data.report import RowReport
+
+if TYPE_CHECKING:
+    import datasets
 
 CODE_VERSION = 3
 """Raise when the same inputs give other tokens, columns or reports."""
@@ -82,8 +84,11 @@ def _write_folder(target: Path, write: Callable[[Path], RowReport]) -> None:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def load(cache_dir: Path, key: str) -> tuple[dict[str, datasets.Dataset], RowReport]:
+def load(cache_dir: Path, key: str) -> tuple[dict[str, "datasets.Dataset"], RowReport]:
     """The tables, mapped from disk, and the report."""
+    # A second with pandas, which a plan of rows that are not there yet does without.
+    import datasets
+
     folder = _folder(cache_dir, key)
     content = json.loads((folder / REPORT).read_text(encoding="utf-8"))
     tables = {name: datasets.Dataset.from_file(str(folder / f"{name}.arrow")) for name in TABLES}

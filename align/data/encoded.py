@@ -8,8 +8,8 @@ from array import array
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -22,6 +22,9 @@ from align.data.records import BadRow, Origin, Record, RowRefused
 from align.data.report import RowReport
 from align.data.template import Template
 from align.data.walk import Walked
+
+if TYPE_CHECKING:
+    import datasets
 
 ALL = "all.arrow"
 """Every row, before the split; removed by it."""
@@ -153,7 +156,7 @@ class _Part:
         return "".join(one.hexdigest() for pair in self.digests.values() for one in pair)
 
 
-def largest_token(rows: datasets.Dataset) -> int:
+def largest_token(rows: "datasets.Dataset") -> int:
     """The largest token id in any row; 0 without rows."""
     columns = [rows.data.column(name) for name in rows.column_names if name.endswith("_ids")]
     chunks = (chunk for column in columns for chunk in column.chunks)
@@ -175,14 +178,14 @@ def _flat(column: pa.Array) -> pa.Array:
     return column
 
 
-def token_lengths(rows: datasets.Dataset, column: str) -> np.ndarray:
+def token_lengths(rows: "datasets.Dataset", column: str) -> np.ndarray:
     """Tokens of each row in a column of token ids."""
     return np.concatenate(
         [np.empty(0, np.int64), *(pc.list_value_length(c).to_numpy() for c in rows.data.column(column).chunks)]
     )
 
 
-def answer_lengths(rows: datasets.Dataset) -> tuple[np.ndarray, np.ndarray]:
+def answer_lengths(rows: "datasets.Dataset") -> tuple[np.ndarray, np.ndarray]:
     """Tokens of every answer in `completion_ids`, rows in order, and of the longest answer of each row."""
     every, longest = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
     for chunk in rows.data.column("completion_ids").chunks:

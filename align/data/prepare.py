@@ -5,9 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, TypeVar
-
-import datasets
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from align.config.errors import UserError
 from align.config.schema import DataConfig
@@ -25,6 +23,9 @@ from align.data.sources import Source, expected_rows, parse_slot, source_files, 
 from align.data.template import Ids, Template
 from align.data.walk import Walked, walk
 
+if TYPE_CHECKING:
+    import datasets
+
 R = TypeVar("R", Demonstration, PromptRow)
 
 MEANT = {"tiny:prompts": "tiny:training_prompts", "tiny:preferences": "tiny:comparisons"}
@@ -38,8 +39,8 @@ Watch = Callable[[int, int | None], None]
 class Prepared:
     """Tokenised rows of one slot: `input_ids labels`, or `prompt_ids chosen_ids rejected_ids p margin`."""
 
-    train: datasets.Dataset
-    held_out: datasets.Dataset
+    train: "datasets.Dataset"
+    held_out: "datasets.Dataset"
     report: RowReport
     inputs: list[dict[str, str]]
     """{name, path, digest} of each file, hub data set or embedded set."""

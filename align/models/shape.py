@@ -16,6 +16,7 @@ from align.config.adapters import READ_BY
 from align.config.errors import UserError
 from align.config.schema import AdapterStart, ModelConfig, PeftConfig, PeftMethod, Placement, Precision
 from align.distributed.memory import Shape
+from align.models.adapters.configs import ALL_LINEAR
 from align.models.adapters.quantised import KEPT_WHOLE
 from align.models.load import load_config
 from align.models.peft import add_adapter
@@ -27,7 +28,8 @@ CHECKED = frozenset({"llama", "mistral", "qwen2", "qwen3", "phi3", "granite", "o
 def shape_of(name: str, model: ModelConfig, peft: PeftConfig | None = None, *, scores: bool = False) -> Shape:
     """The shape of a causal model, with the adapters that `peft` asks for; with a score head if `scores`.
 
-    Reads config.json and nothing else; takes a second or two for any size.
+    Reads config.json and nothing else; takes well under a second for any size, unless adapters have to be counted layer
+    by layer.
     Raises: UserError if the config cannot be read or the model cannot be built without numbers.
     """
     try:
@@ -155,8 +157,47 @@ def _adapter_parameters(name: str, model: tuple[str | None, bool], peft: str, sc
     kinds = {"method": PeftMethod, "init": AdapterStart, "placement": Placement, "compute_precision": Precision}
     settings = PeftConfig(**values | {key: kind(values[key]) for key, kind in kinds.items()})
     task = TaskType.SEQ_CLS if scores else TaskType.CAUSAL_LM
+    built = _build(name, *model, scores)
+    kept = [] if _may_single_out_a_layer(settings) else keep_one_of_each_kind(built)
     # It draws weights from a seed, of which nobody else is to notice.
     with torch.random.fork_rng(devices=[]), torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        adapted = add_adapter(_build(name, *model, scores), settings, seed=0, zero3=True, task=task)
-    return sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)
+        adapted = add_adapter(built, settings, seed=0, zero3=True, task=task)
+    return _trained(adapted) + sum((count - 1) * _trained(layer) for layer, count in kept)
+
+
+def _may_single_out_a_layer(peft: PeftConfig) -> bool:
+    """Whether a name in the settings could be a path, which is in one layer only: `layers.3.self_attn.q_proj`."""
+    modules = [] if peft.target_modules in (ALL_LINEAR, None) else peft.target_modules
+    names = [*(modules if isinstance(modules, list) else [modules]), *(peft.rank_pattern or {})]
+    return not all(isinstance(name, str) and name.isidentifier() for name in names)
+
+
+def keep_one_of_each_kind(model: PreTrainedModel) -> list[tuple[nn.Module, int]]:
+    """Drop the layers that are like an earlier one; returns those kept, each with how many there were of its kind.
+
+    A plan that counts LoRA of 80 layers took 1.6 to 1.9 s behind its imports, 0.3 s with one of them (2026-11-22).
+    Drops none where modules are shared: an adapter of one of these is in several layers and trained once.
+    """
+    if len(list(model.named_modules(remove_duplicate=False))) > len(list(model.modules())):
+        return []
+    layers = _layers(model)
+    kinds: dict[Any, list[int]] = {}
+    for index, layer in enumerate(layers):
+        kinds.setdefault(_kind(layer), []).append(index)
+    kept = [(layers[alike[0]], len(alike)) for alike in kinds.values()]
+    for index in sorted((index for alike in kinds.values() for index in alike[1:]), reverse=True):
+        del layers[index]
+    return kept
+
+
+def _kind(layer: nn.Module) -> tuple[Any, ...]:
+    """What two layers have in common if adapters go on both alike: names, types and sizes of all their modules."""
+    return tuple(
+        (name, type(module), tuple(weight.shape for weight in module.parameters(recurse=False)))
+        for name, module in layer.named_modules()
+    )
+
+
+def _trained(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)

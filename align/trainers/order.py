@@ -4,19 +4,21 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
-from datasets import Dataset
 from torch.utils.data import DataLoader
-from transformers import Trainer
 
 from align.config.schema import Order
 from align.data.balance import stratified_order
 from align.data.encoded import token_lengths
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import Trainer
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,12 +38,12 @@ class Lengths:
         return len(self.row)
 
 
-def tree_tokens(rows: Dataset) -> np.ndarray:
+def tree_tokens(rows: "Dataset") -> np.ndarray:
     """Tokens of each tree, its prompt once and all its completions, int64 (rows,)."""
     return tree_lengths(rows).row
 
 
-def tree_lengths(rows: Dataset) -> Lengths:
+def tree_lengths(rows: "Dataset") -> Lengths:
     """Lengths of rows of pairs or of rankings."""
     names = ["completion_ids"] if "completion_ids" in rows.column_names else ["chosen_ids", "rejected_ids"]
     columns = rows.select_columns(["prompt_ids", *names]).with_format("arrow")[:]
@@ -55,7 +57,7 @@ def tree_lengths(rows: Dataset) -> Lengths:
     return Lengths(prompts + scored, prompts + np.maximum.reduce(longest), sum(counts), scored)
 
 
-def sequence_lengths(rows: Dataset) -> Lengths:
+def sequence_lengths(rows: "Dataset") -> Lengths:
     """Lengths of rows of single sequences, all of them scored."""
     tokens = token_lengths(rows, "input_ids").astype(np.int64)
     return Lengths(tokens, tokens, np.ones_like(tokens), tokens)
@@ -176,7 +178,7 @@ class OrderedRows:
 
     def __init__(
         self,
-        rows: Dataset,
+        rows: "Dataset",
         lengths: Lengths,
         order: Order,
         *,
@@ -203,7 +205,7 @@ class OrderedRows:
         return self.rows[int(self.order[index])]
 
 
-def ordered_loader(trainer: Trainer, lengths: Lengths, order: Order) -> DataLoader:
+def ordered_loader(trainer: "Trainer", lengths: Lengths, order: Order) -> DataLoader:
     """What a trainer's `get_train_dataloader` returns: its rows in `epoch_order`, dealt out to the ranks."""
     args = trainer.args
     rows = OrderedRows(

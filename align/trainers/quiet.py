@@ -2,19 +2,26 @@
 
 import logging
 import os
+import sys
 import warnings
+from typing import TYPE_CHECKING
 
-import datasets
 import torch
-from transformers import PrinterCallback, Trainer
+from transformers import PrinterCallback
 from transformers.utils import logging as transformers_logging
+
+if TYPE_CHECKING:
+    from transformers import Trainer
 
 
 def quiet_libraries() -> None:
     """No progress bars and no advice from the libraries below; their errors still speak."""
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed says that it found nothing better
-    datasets.disable_progress_bars()
+    # Read when datasets is imported, which a plan of rows that are not there yet does without.
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    if "datasets" in sys.modules:
+        sys.modules["datasets"].disable_progress_bars()
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
     for name in ("DeepSpeed", "accelerate", "trl"):
@@ -25,7 +32,7 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", message="Paged optimizers are not supported on CPU")
 
 
-def quiet_trainer(trainer: Trainer) -> Trainer:
+def quiet_trainer(trainer: "Trainer") -> "Trainer":
     """The trainer without its own printing of every log line."""
     trainer.remove_callback(PrinterCallback)
     return trainer

@@ -1,9 +1,11 @@
 """What a person at a terminal sees: exit codes, one line, no traceback, no waiting."""
 
+import gc
 import os
 import resource
 import subprocess
 import sys
+from types import ModuleType
 
 import pytest
 
@@ -127,6 +129,26 @@ def test_do_recipes_lists_or_shows(capsys):
     assert "sft_dpo" in capsys.readouterr().out
     assert cli.main(["do=recipes", "+recipe=sft_dpo"]) == 0
     assert "policy: runs/sft_dpo/sft/policy" in capsys.readouterr().out
+
+
+def test_the_garbage_collector_is_off_for_imports_alone_and_passes_over_what_they_made():
+    code = (
+        "import gc, sys\nfrom align import cli\n"
+        "def verb(do):\n"
+        "    print(gc.isenabled())\n    sys.modules['torch'] = gc\n"
+        "    return lambda config: print(gc.isenabled(), gc.get_freeze_count() > 1000)\n"
+        "cli._verb = verb\ncli.main(['+recipe=sft'])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPO)
+    assert done.stdout.split() == ["False", "True", "True"], done.stderr
+
+
+def test_what_is_alive_in_a_process_that_has_torch_may_still_be_collected(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", sys.modules.get("torch", ModuleType("torch")))
+    before = gc.get_freeze_count()
+    assert cli.main(["+recipe=sft", "do=recipes"]) == 0
+    # Fewer, if some that were frozen earlier are gone.
+    assert gc.get_freeze_count() <= before and gc.isenabled()
 
 
 def test_a_users_recipe_is_found_and_listed(tmp_path, capsys):

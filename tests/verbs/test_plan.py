@@ -2,6 +2,9 @@
 
 import json
 import re
+import resource
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,6 +20,7 @@ from align.distributed.zero import choose
 from align.stages.longest import longest_rows
 from align.stages.needs import Setup, Target, worst
 from align.stages.sharding import choose_sharding, overrides_that_fit, refuse_too_large
+from tests.conftest import REPO
 
 LLAMA_8B = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32}
 LLAMA_70B = {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64}
@@ -74,6 +78,26 @@ def test_a_70b_model_is_planned_from_its_config_alone(plan, models):
     assert states["zero3"][:3] == pytest.approx([2 * each / 64, 2 * each / 64, 12 * each / 64], abs=0.05)
     assert states["zero1"][:3] == pytest.approx([2 * each, 2 * each, 12 * each / 64], abs=0.05)
     assert states["zero3"][-2] == pytest.approx(79 - states["zero3"][-1], abs=0.15)
+
+
+def test_a_plan_of_a_70b_model_takes_under_ten_seconds_and_imports_no_more_than_it_needs(models, tmp_path):
+    words = [*files("dpo", f"model.path={models['70b']}", f"run_dir={tmp_path}"), "do=plan", *on(8, 80)]
+    code = (
+        "import sys\nfrom align import cli\n"
+        f"code = cli.main({words!r})\n"
+        "extra = {'datasets', 'pandas', 'trl', 'deepspeed', 'wandb', 'matplotlib', 'sklearn'} & set(sys.modules)\n"
+        "sys.exit(f'imported {extra}' if extra else code)"
+    )
+
+    def seconds() -> float:
+        """Of the processor, not the clock: other work on the machine is not ours."""
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPO)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        assert done.returncode == 0 and "this would fit" in done.stdout, done.stderr
+        return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+    assert any(seconds() < 10 for _ in range(3))
 
 
 def test_real_rows_give_their_number_steps_and_longest_batch(plan):
