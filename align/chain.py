@@ -48,7 +48,7 @@ from align.stages.export import EXPORTED
 from align.stages.out_of_memory import memory_refusal
 from align.stages.rows import maker_of, prepare_ahead, starting_model
 from align.stages.saving import POLICY, REWARD_MODEL
-from align.stages.session import input_digests
+from align.stages.session import forget_zero, input_digests
 from align.stages.speakers import ROLES
 from align.stages.table import RUN
 from align.tracking.progress import say
@@ -329,6 +329,8 @@ def _run_stage(config: RunConfig, name: str, run_dir: Path, this: Runtime) -> Ma
         if (refusal := memory_refusal(error, context)) is None:
             raise
         raise refusal from error
+    finally:
+        forget_zero()
     runtime.barrier()
     if this.is_main:
         manifest.seconds = round(time.monotonic() - started, 1)

@@ -18,6 +18,8 @@ from align.distributed.watch import Watch
 
 _WATCH: Watch | None = None
 """A process is one rank of one launch."""
+_KEEP_GROUP = False
+"""Set by `one_group`."""
 
 
 @dataclass(frozen=True)
@@ -102,6 +104,9 @@ def start(*, deepspeed: bool, timeout_seconds: int) -> Runtime:
             watch.arrive()
             timeout_seconds = watch.patience_seconds
         _join(deepspeed, "nccl" if cuda else "gloo", timedelta(seconds=timeout_seconds))
+    elif deepspeed and dist.is_initialized():
+        # An earlier chain of this process may have joined without DeepSpeed, which takes the group that is there.
+        _join(deepspeed, "nccl" if cuda else "gloo", timedelta(seconds=timeout_seconds))
     rank = dist.get_rank() if dist.is_initialized() else 0
     return Runtime(rank, world_size, local_rank, f"cuda:{local_rank}" if cuda else "cpu")
 
@@ -132,9 +137,21 @@ def _free_port() -> int:
         return listener.getsockname()[1]
 
 
+@contextmanager
+def one_group() -> Iterator[None]:
+    """Inside, all chains of this process share one process group: DeepSpeed keeps handles of its first one for good."""
+    global _KEEP_GROUP
+    _KEEP_GROUP = True
+    try:
+        yield
+    finally:
+        _KEEP_GROUP = False
+        stop()
+
+
 def stop() -> None:
     """Leave the process group; a rank that exits without it may abort after its last line."""
-    if dist.is_initialized():
+    if dist.is_initialized() and not _KEEP_GROUP:
         dist.destroy_process_group()
     if _WATCH is not None:
         _WATCH.leave()

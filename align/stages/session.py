@@ -1,5 +1,6 @@
 """What comes before a trainer: ZeRO choice, tokenizer, rows, and the checkpoint to go on from."""
 
+import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -291,9 +292,16 @@ def _make_universal(session: Session, found: Path) -> None:
 
 
 def close_session(session: Session) -> None:
-    """Free the model and forget ZeRO: its flag outlives a stage and would shard the next one's loading."""
-    unset_hf_deepspeed_config()
+    """Free the model and forget ZeRO."""
+    forget_zero()
     runtime.free_memory()
+
+
+def forget_zero() -> None:
+    """Of a stage that is over, however it ended: its flags would shard the next one's loading, and put DeepSpeed under
+    a trainer that is to run without it."""
+    unset_hf_deepspeed_config()
+    os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
 
 
 def log_manifest(manifest: Manifest, context: RunContext) -> None:

@@ -56,7 +56,7 @@ def run_trainer(session: Session, trainer: SurvivingTrainer) -> None:
     Raises: Stopped, with a checkpoint of the last step, if any rank was told to stop; UserError if too many steps were
     not finite.
     """
-    assert not session.zero_stage or trainer.is_deepspeed_enabled, "ZeRO was asked for, but the trainer runs without it"
+    assert (session.zero_stage is not None) == trainer.is_deepspeed_enabled, "DeepSpeed under the wrong trainer"
     quiet_trainer(trainer)
     context = session.context
     trainer.skipped = SkippedSteps(

@@ -23,15 +23,21 @@ class Pruning:
 
     def judge(self, best: float, step: int, share: float) -> None:
         """best: of the evaluations so far. share: of the steps that are done. A collective. Raises: Pruned."""
-        others: list[float] = []
-        if share >= self.sweep.prune_from_fraction and share < 1:
-            curves = curves_of_others(self.run_dir, self.stage, self.key)
-            others = [curve[step] for curve in curves if math.isfinite(curve.get(step, math.nan))]
-        middle = median(others) if len(others) >= self.sweep.prune_after else None
-        worse = middle is not None and is_worse(best, middle, higher=self.figure.higher)
-        if runtime.from_main(worse):
-            said = f"{self.figure.words} was {best:.4g} at best and {middle:.4g} in the middle of {len(others)} others"
+        # Files of other members may reach one machine before another, so rank 0 decides.
+        said = runtime.from_main(self._verdict(best, step) if self.sweep.prune_from_fraction <= share < 1 else None)
+        if said is not None:
             raise Pruned(f"{self.stage}: pruned at step {step}: {said}", best)
+
+    def _verdict(self, best: float, step: int) -> str | None:
+        """Why the member ends here; None if it goes on."""
+        curves = curves_of_others(self.run_dir, self.stage, self.key)
+        others = [curve[step] for curve in curves if math.isfinite(curve.get(step, math.nan))]
+        if len(others) < self.sweep.prune_after:
+            return None
+        middle = median(others)
+        if not is_worse(best, middle, higher=self.figure.higher):
+            return None
+        return f"{self.figure.words} was {best:.4g} at best and {middle:.4g} in the middle of {len(others)} others"
 
 
 def is_worse(best: float, middle: float, *, higher: bool) -> bool:

@@ -16,7 +16,8 @@ from align.artifacts import digest_value
 from align.config import command_line, refusals, store, sweeps
 from align.config.errors import Pruned, RankLost, UserError
 from align.config.redaction import redacted_text
-from align.config.schema import BestBy, RunConfig, SweepBy, Verb
+from align.config.schema import RunConfig, StageConfig, SweepBy, Verb
+from align.distributed import runtime
 from align.distributed.runtime import launched_rank, launched_world_size
 from align.tracking.members import Member, State, members_of, read_member
 from align.tracking.progress import say
@@ -46,7 +47,8 @@ def run_members(arguments: list[str], user_dir: Path | None, run: Callable[[RunC
             say(f"align: sweep: members run as jobs of {sweep.launcher}; what they print is in {folder}/.submitit")
         with _watched(task, parents) if elsewhere and trained else _nothing():
             try:
-                sweeps.run_sweep(sweep, by, folder, task)
+                with runtime.one_group():
+                    sweeps.run_sweep(sweep, by, folder, task)
             except _Over as over:
                 raise over.lost from None
             except Exception as error:
@@ -58,11 +60,10 @@ def run_members(arguments: list[str], user_dir: Path | None, run: Callable[[RunC
                     f"sweep: a job ended without an answer ({said}), the others go on; see {folder}/.submitit, and "
                     "type the same command to go on with what is missing"
                 ) from error
-    if not trained:
+    if not trained or launched_rank() != 0:
         return not task.failed
     found = [member for parent in parents for member in members_of(task.digest, parent)]
-    if launched_rank() == 0:
-        _end(found, by, parents[0])
+    _end(found, by, parents[0])
     return all(member.state in (State.done, State.pruned) for member in found)
 
 
@@ -157,7 +158,7 @@ def join_ranks() -> None:
 def _pruned_by(config: RunConfig) -> list[SweepBy]:
     """The figures by which stages of the run are pruned, as far as a search can be for them too."""
     of_stages = (getattr(config.stages, name) for name in config.run)
-    names = [stage.best_by.value for stage in of_stages if isinstance(getattr(stage, "best_by", None), BestBy)]
+    names = [stage.best_by.value for stage in of_stages if isinstance(stage, StageConfig)]
     return [by for by in SweepBy if by.value in names]
 
 

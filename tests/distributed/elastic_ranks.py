@@ -36,15 +36,18 @@ from align.trainers.surviving import SurvivingTrainer
 
 STEPS, BATCH, ROWS = 8, 12, 36
 """Three steps an epoch, without a partial one; twelve rows divide among one, two and three ranks."""
+PACKED_ROWS, PACKED_TOKENS = 400, 64
+"""More than eight batches of packed rows: several ranks fill the last batch of an epoch with rows that repeat."""
 STAGES = {"dpo": DPOStage, "reward": RewardStage, "sft": SFTStage}
 
 
 def config(folder: Path, name: str, settings: dict[str, str]) -> RunConfig:
     zero, stage_name = settings.get("zero"), settings.get("stage", "dpo")
-    own = {"packing": settings.get("packing") == "true"} if stage_name == "sft" else {"layout": Layout.forest}
+    packed = settings.get("packing") == "true"
+    own = {"packing": packed} if stage_name == "sft" else {"layout": Layout.forest}
     stage = STAGES[stage_name](
         policy="tiny-sft", max_steps=STEPS, learning_rate=3e-4, weight_decay=0.1, batch_size=BATCH, micro_batch_size=2,
-        max_tokens=512, save_every=100, **own,
+        max_tokens=PACKED_TOKENS if packed else 512, save_every=100, **own,
     )  # fmt: skip
     run = RunConfig(
         name="elastic",
@@ -60,7 +63,7 @@ def config(folder: Path, name: str, settings: dict[str, str]) -> RunConfig:
         stages=Stages(**{stage_name: stage}),
     )
     kind = "demonstrations" if stage_name == "sft" else "preferences"
-    setattr(run.data, kind, [{"path": f"tiny:{kind}", "take": ROWS}])
+    setattr(run.data, kind, [{"path": f"tiny:{kind}", "take": PACKED_ROWS if packed else ROWS}])
     if stage_name == "reward":
         run.data.demonstrations = "tiny:demonstrations"
     run.data.held_out_fraction = 0.0

@@ -127,3 +127,25 @@ def test_the_wrapper_tells_each_rank_its_place():
 def test_a_task_that_sees_one_gpu_takes_it():
     assert told(CUDA_VISIBLE_DEVICES="3")["LOCAL_RANK"] == "0"
     assert told(CUDA_VISIBLE_DEVICES="0,1,2")["LOCAL_RANK"] == "1"
+
+
+@slow
+def test_members_of_a_sweep_are_jobs_of_two_ranks(slurm, tmp_path):
+    launcher = {
+        "nodes": 2, "tasks_per_node": 1, "cpus_per_task": 1, "timeout_min": 20, "array_parallelism": 1,
+    }  # fmt: skip
+    words = [f"hydra.launcher.{key}={value}" for key, value in launcher.items()]
+    few = (*FEW[1:], "hydra/launcher=submitit_slurm", "stages.sft.seed=1,2", "log.every=1")
+    environment = {
+        **slurm.environment, "PYTHONPATH": str(REPO), "ALIGN_CACHE": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1",
+        "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1",
+    }  # fmt: skip
+    command = [sys.executable, "-m", "align", "-m", "+recipe=sft", *few, *words]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=800)
+    logs = "".join(file.read_text() for file in sorted(tmp_path.glob("runs/sft/.jobs/.submitit/*/*log.*")))
+    assert done.returncode == 0, done.stderr + logs[-6000:]
+    for seed in (1, 2):
+        manifest = read_manifest(tmp_path / f"runs/sft/stages.sft.seed={seed}/sft")
+        assert (manifest.world_size, manifest.zero_stage, manifest.steps, manifest.seed) == (2, 2, 4, seed)
+    assert "done (2 of 2 started are over)" in done.stderr
+    assert "sft: held-out loss  stages.sft.seed" in done.stdout

@@ -236,7 +236,7 @@ def test_a_job_that_was_killed_is_said_and_what_to_do(sweeping, capsys, monkeypa
     monkeypatch.setattr(sweep.sweeps, "run_sweep", killed)
     assert sweeping(lambda config: 0.1, "hydra/launcher=submitit_local", "stages.dpo.beta=0.1,0.2") == 2
     *_, line = capsys.readouterr().err.splitlines()
-    assert "state: OUT_OF_MEMORY), the others go on" in line and "type the same command" in line
+    assert "state: OUT_OF_MEMORY)), the others go on" in line and "type the same command" in line
 
 
 def test_tasks_of_a_slurm_job_are_ranks(monkeypatch):
