@@ -96,6 +96,11 @@ def merges(folder: Path) -> bool:
     return _json_object(folder / ADAPTER_CONFIG).get("peft_type") not in NEVER_WHOLE
 
 
+def virtual_tokens(folder: Path) -> int:
+    """Tokens that the adapter in a folder puts in front of every row; 0 for one that sits in layers."""
+    return _json_object(folder / ADAPTER_CONFIG).get("num_virtual_tokens") or 0
+
+
 def _way_to_whole(folder: Path) -> str:
     kind = str(_json_object(folder / ADAPTER_CONFIG).get("peft_type"))
     if not merges(folder):

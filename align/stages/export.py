@@ -13,7 +13,7 @@ from align.distributed import runtime
 from align.losses.parity import Parity
 from align.models.load import load_config, merges
 from align.models.reward import has_score_head
-from align.models.trained import Trained, refuse_virtual_tokens, trained_in_4_bits, trained_model
+from align.models.trained import Trained, trained_in_4_bits, trained_model
 from align.stages.context import RunContext, stage_record
 from align.stages.export_compare import Comparison, compare_adapter, compare_model, questions
 from align.stages.export_gguf import GGUF, converter, write_gguf
@@ -52,6 +52,9 @@ def _check(stage: ExportStage, context: RunContext, found: Trained) -> None:
     forms = "stages.export.forms"
     if not stage.forms:
         raise UserError(f"{forms} is empty; name what to write, such as {forms}=[model]")
+    if found.adapter is not None and not merges(found.adapter) and {ExportForm.model, ExportForm.gguf} & {*stage.forms}:
+        form = "model" if ExportForm.model in stage.forms else "gguf"
+        raise UserError(f"{forms} has {form}, but no weights can take this adapter up; write {forms}=[adapter]")
     if ExportForm.gguf in stage.forms:
         if ExportForm.model not in stage.forms:
             raise UserError(f"{forms}: gguf is made of the exported model; write {forms}=[model,gguf]")
@@ -59,11 +62,7 @@ def _check(stage: ExportStage, context: RunContext, found: Trained) -> None:
     if ExportForm.adapter in stage.forms and found.adapter is None:
         way = "on a base in 4 bits, which is not kept" if trained_in_4_bits(found.manifest) else "whole"
         raise UserError(f"{forms} has adapter, but {stage.policy} was trained {way}; leave adapter out")
-    if found.adapter is not None:
-        refuse_virtual_tokens(found.adapter)
-        if ExportForm.model in stage.forms and not merges(found.adapter):
-            raise UserError(f"{forms} has model, but no weights can take this adapter up; write {forms}=[adapter]")
-    config = load_config(str(found.policy if found.whole else found.base), context.config.model)
+    config = load_config(found.start, context.config.model)
     if has_score_head(config):
         raise UserError(
             f"stages.export.policy={stage.policy}: a reward model; it gives no replies to compare, and is a plain "

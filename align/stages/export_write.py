@@ -25,7 +25,7 @@ SAMPLING = ("temperature", "top_k", "top_p", "min_p", "typical_p")
 
 def stored_dtype(found: Trained, model: ModelConfig) -> torch.dtype:
     """The number format of a policy's weights, or of an adapter's base."""
-    dtype = load_config(str(found.policy if found.whole else found.base), model).dtype
+    dtype = load_config(found.start, model).dtype
     return dtype if isinstance(dtype, torch.dtype) else torch.float32
 
 

@@ -325,9 +325,10 @@ def test_an_adapter_can_be_exported_and_nothing_else_starts_from_one(trained, tm
         run(tmp_path, "run=[dpo]", f"stages.dpo.policy={adapter}")
 
 
-def test_an_adapter_of_virtual_tokens_is_refused(tmp_path, capsys):
-    """It sits in no layer, so that the base alone would answer."""
+def test_an_adapter_of_virtual_tokens_that_peft_wrote_is_exported_alone(tmp_path, capsys):
     settings = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
     get_peft_model(load(resolve_model("tiny-sft")), settings).save_pretrained(tmp_path / "adapter")
     assert export(tmp_path, tmp_path / "adapter") == 2
-    assert "an adapter of virtual tokens before each prompt, which cannot be merged" in capsys.readouterr().err
+    assert "no weights can take this adapter up; write stages.export.forms=[adapter]" in capsys.readouterr().err
+    assert export(tmp_path, tmp_path / "adapter", "stages.export.forms=[adapter]") == 0
+    assert (tmp_path / "run/export/adapter/chat_template.jinja").is_file()
