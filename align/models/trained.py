@@ -14,7 +14,7 @@ from align.config.schema import ModelConfig, PeftMethod
 from align.models.adapters import bottleneck  # noqa: F401  PEFT learns of the method
 from align.models.load import adapter_base, context_length, is_adapter, load_model, resolve_model, virtual_tokens
 
-POLICY, ADAPTER = "policy", "adapter"
+POLICY, ADAPTER, BASE = "policy", "adapter", "policy.base"
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,9 @@ def load_trained(trained: Trained, model: ModelConfig, dtype: torch.dtype) -> nn
 def _base(adapter: Path, manifest: Manifest | None) -> str:
     if manifest is None:
         return adapter_base(adapter)
-    entry = next(entry for entry in manifest.inputs if entry["name"] == POLICY)
+    inputs = {entry["name"]: entry for entry in manifest.inputs}
+    # An export takes in the base beside the policy; of a stage that trains the policy it started from is the base.
+    entry = inputs.get(BASE) or inputs[POLICY]
     base = _moved(entry["path"], adapter.parent.parent)
     folder = Path(resolve_model(base))
     if folder.is_dir() and artifacts.digest_model(folder) != entry["digest"]:

@@ -13,7 +13,7 @@ from align.distributed import runtime
 from align.losses.parity import Parity
 from align.models.load import load_config, merges
 from align.models.reward import has_score_head
-from align.models.trained import Trained, trained_in_4_bits, trained_model
+from align.models.trained import BASE, Trained, trained_in_4_bits, trained_model
 from align.stages.context import RunContext, stage_record
 from align.stages.export_compare import Comparison, compare_adapter, compare_model, questions
 from align.stages.export_gguf import GGUF, converter, write_gguf
@@ -152,7 +152,7 @@ def _manifest(stage: ExportStage, context: RunContext, found: Trained, compared:
     record = stage_record(context.config, context.stage_name, context.run_dir)
     inputs = input_digests(stage.policy, "policy")
     if found.adapter is not None and found.whole:
-        inputs += input_digests(str(found.base), "base")
+        inputs += input_digests(str(found.base), BASE)
     names = [form.value for form in stage.forms if form is not ExportForm.gguf] + [VERIFICATION]
     names += [GGUF] * (ExportForm.gguf in stage.forms)
     figures = {

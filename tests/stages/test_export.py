@@ -21,6 +21,7 @@ from align.generation.greedy import greedy_read
 from align.generation.vllm_greedy import vllm_read, why_not_vllm
 from align.losses.parity import parity
 from align.models.load import load_model, load_tokenizer, resolve_model
+from align.models.trained import trained_model
 from align.stages import export_push
 from align.stages.export_gguf import write_gguf
 from tests.generation import stand_in_vllm
@@ -100,6 +101,12 @@ def test_the_adapter_folder_names_its_base_and_answers_on_it(trained, exported):
     assert (exported / "adapter/chat_template.jinja").read_bytes() == (
         trained / "policy/chat_template.jinja"
     ).read_bytes()
+
+
+def test_an_exported_adapter_is_known_by_the_base_it_was_trained_on(trained, exported):
+    """And not by the policy that was exported, into which it is merged already."""
+    again = trained_model(str(exported / "adapter"))
+    assert (again.base, again.whole) == (trained_model(str(trained / "policy")).base, False) == ("tiny-base", False)
 
 
 def test_what_was_compared_is_written_down_and_on_the_card(exported):
