@@ -16,7 +16,7 @@ from align.models.reward import has_score_head
 from align.models.trained import BASE, Trained, trained_in_4_bits, trained_model
 from align.stages.context import RunContext, stage_record
 from align.stages.export_compare import Comparison, compare_adapter, compare_model, questions
-from align.stages.export_gguf import GGUF, converter, write_gguf
+from align.stages.export_gguf import GGUF, check_tokenizer, converter, write_gguf
 from align.stages.export_push import check_push, push
 from align.stages.export_write import (
     check_generation,
@@ -76,6 +76,8 @@ def _check(stage: ExportStage, context: RunContext, found: Trained) -> None:
 def _export(stage: ExportStage, context: RunContext, found: Trained) -> dict[str, Parity]:
     """Everything, on rank 0; returns how each model compares with the trained one."""
     asked = questions(stage, context, found)
+    if ExportForm.gguf in stage.forms:
+        check_tokenizer(asked.template.tokenizer)
     comparison = Comparison(stage, context, found, asked)
     say(f"export: the trained model answers {len(asked.prompts)} prompts")
     comparison.read_trained()

@@ -297,6 +297,33 @@ def test_a_converter_that_fails_is_told_in_one_line(tmp_path, monkeypatch, scrip
     assert not (tmp_path / "model.gguf").exists()
 
 
+def sentencepiece_like(folder: Path, *, scores: bool) -> str:
+    """tiny-sft with a tokenizer of SentencePiece's kind, with or without the file that it was made from."""
+    shutil.copytree(resolve_model("tiny-sft"), folder)
+    values = json.loads((folder / "tokenizer.json").read_text())
+    values["model"]["byte_fallback"] = True
+    (folder / "tokenizer.json").write_text(json.dumps(values))
+    if scores:
+        (folder / "tokenizer.model").write_bytes(b"scores")
+    return str(folder)
+
+
+def test_a_sentencepiece_file_goes_with_the_tokenizer_from_stage_to_export(tmp_path, monkeypatch):
+    converter_of(tmp_path, monkeypatch, 'printf "GGUF %s" "$*" > "$3"')
+    start = sentencepiece_like(tmp_path / "start", scores=True)
+    run(tmp_path, f"model.path={start}", "run=[sft]", "stages.sft.max_steps=1")
+    assert export(tmp_path / "out", tmp_path / "run/sft/policy", "stages.export.forms=[model,gguf]") == 0
+    assert (tmp_path / "out/run/export/model/tokenizer.model").read_bytes() == b"scores"
+
+
+def test_no_gguf_is_made_of_a_sentencepiece_tokenizer_without_its_scores(tmp_path, monkeypatch, capsys):
+    converter_of(tmp_path, monkeypatch, 'printf "GGUF %s" "$*" > "$3"')
+    start = sentencepiece_like(tmp_path / "start", scores=False)
+    assert export(tmp_path / "out", start, "stages.export.forms=[model,gguf]") == 2
+    assert f"{start} lacks tokenizer.model" in capsys.readouterr().err
+    assert not (tmp_path / "out/run/export/model").exists()
+
+
 def test_vllm_is_asked_the_same_and_reads_the_same(monkeypatch):
     llm = stand_in_vllm.install(monkeypatch)
     folder, settings = resolve_model("tiny-sft"), ModelConfig(path="tiny-sft")
