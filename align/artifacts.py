@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -111,7 +112,18 @@ def digest_model(path: Path) -> str:
     files = sorted(p for p in path.iterdir() if p.suffix in {".safetensors", ".json", ".bin", ".model", ".jinja"})
     if not files:
         raise UserError(f"{path}: no model files here; give a Hugging Face model folder or a hub id")
-    return digest_value({f"{path.name}/{p.name}": digest_file(p) for p in files})
+    return digest_value({f"{path.name}/{p.name}": _digest_once(p) for p in files})
+
+
+def _digest_once(path: Path) -> str:
+    """As `digest_file`, of weights that several stages take in: read again only if they have been written since."""
+    stat = path.stat()
+    return _digest_of_version(path.resolve(), stat.st_size, stat.st_mtime_ns, stat.st_ino)
+
+
+@cache
+def _digest_of_version(path: Path, *version: int) -> str:
+    return digest_file(path)
 
 
 def digest_of_output(outputs: list[dict[str, Any]], name: str) -> str | None:

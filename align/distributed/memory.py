@@ -5,7 +5,7 @@ trust it. Counted are the tensors that autograd keeps in transformers' own layer
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 GIB = 2**30
 MOMENT_BYTES, MASTER_BYTES = 8, 4
@@ -86,7 +86,16 @@ class Shape:
     """Whether queries and keys are normed too."""
     adapter: int = 0
     """Trained parameters with adapters; 0: all are trained."""
-    adapter_rank: int = 0
+    inputs_kept: bool = True
+    """Whether linear layers keep what they take in: if they are trained, or have something of low rank beside them."""
+    beside: int = 0
+    """Numbers a position that adapters keep in a layer."""
+    scaled: int = 0
+    """Of those that ia3 scales in a layer: they are kept as they were before, too."""
+    virtual: int = 0
+    """Trained positions in front of every row."""
+    prefix: bool = False
+    """Whether these are keys and values alone, and pass through no layer."""
     quantised: int = 0
     """Numbers of the base that are kept in 4 bits."""
     double_quantisation: bool = False
@@ -117,6 +126,8 @@ class Batch:
     """Tokens whose logits are read."""
     projected: int = 0
     """Rows of logits that are computed to have them; 0: only those scored."""
+    cached: int = 0
+    """Positions that have keys and values only."""
 
 
 @dataclass(frozen=True)
@@ -258,12 +269,27 @@ def layer_bytes(shape: Shape, batch: Batch, form: Form) -> float:
     norms = shape.norms * n * h * (4 + trained * form.residual)
     if shape.head_norms:
         norms += n * (q + kv) * (4 + trained * c)
-    inputs = c * n * h * ((3 + (2 if shape.gated else 1)) if form.casts else 2)
-    attention = c * n * (2 * q + 2 * kv_kept) + 4 * n * shape.heads + c * batch.squares
-    attention += c * n * q * (int(batch.forest) + int(form.casts and bool(shape.adapter)))
-    mlp = c * n * shape.mlp * (4 if shape.gated else 2)
-    adapters = c * n * shape.adapter_rank * (7 if shape.gated else 6)
+    attention = c * n * (2 * q + 2 * kv_kept) + 4 * n * shape.heads + c * (batch.squares + 2 * batch.cached * kv_kept)
+    mlp = c * n * shape.mlp * (3 if shape.gated else 1)
+    inputs = 0.0
+    if shape.inputs_kept:
+        inputs += c * n * (shape.mlp + h * ((3 + (2 if shape.gated else 1)) if form.casts else 2))
+        inputs += c * n * q * (int(batch.forest) + int(form.casts and bool(shape.adapter)))
+    # What ia3 scales is widened to its own precision first.
+    adapters = n * (c * shape.beside + (4 if form.casts else c) * shape.scaled)
     return float(norms + inputs + attention + mlp + adapters)
+
+
+def with_virtual_tokens(shape: Shape, batch: Batch) -> Batch:
+    """A padded batch with the positions that an adapter puts in front of each of its rows."""
+    if not shape.virtual:
+        return batch
+    width = batch.squares // batch.tokens
+    rows = batch.tokens // width
+    if shape.prefix:
+        return replace(batch, squares=batch.tokens * (width + shape.virtual), cached=rows * shape.virtual)
+    tokens = rows * (width + shape.virtual)
+    return replace(batch, tokens=tokens, squares=tokens**2 // rows, projected=tokens)
 
 
 def activation_bytes(shape: Shape, batch: Batch, form: Form, *, checkpointing: bool) -> float:

@@ -35,7 +35,7 @@ from align.generation.rollout import (
 from align.generation.roomy_cache import move_rows
 from align.generation.shared_prefix import common_prefix, prove_sharing, read_prompts
 from align.generation.speakers import Ask, Choose, Chosen, Failed, Messages, Said, cut_at_stop
-from align.models.layout import speaking_model
+from align.models.layout import prompt_learning, speaking_model
 
 LONGEST_CHUNK_STEPS = 4 * CHUNK_STEPS
 SHORT_PROMPT = 64
@@ -101,6 +101,8 @@ class LocalSpeaker:
         self.name = name
         self._plain: PreTrainedModel = speaking_model(model.to(device) if device is not None else model)
         longest = getattr(self._plain.config.get_text_config(), "max_position_embeddings", None)
+        if longest is not None and prompt_learning(self._plain):
+            longest -= self._plain.active_peft_config.num_virtual_tokens
         self._chats, self._batch_size = Chats(template, longest), batch_size
         pad = template.tokenizer.pad_token_id
         self._pad = template.chat.stop_id if pad is None else pad

@@ -12,7 +12,7 @@ from transformers.generation.streamers import BaseStreamer
 from align.generation.batching import Rules, generate, left_padded
 from align.generation.rollout import Draws, as_sampler
 from align.generation.seeds import row_uniforms
-from align.models.layout import plain_model
+from align.models.layout import speaking_model
 
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"
 """What a text ends in while bytes of its last character are missing."""
@@ -38,7 +38,7 @@ class Stream:
         self._queue: Queue[str | BaseException | None] = Queue()
         self._stop = Event()
         self._thread = Thread(
-            target=self._run, args=(plain_model(model), list(prompt), rules, decode, seed), daemon=True
+            target=self._run, args=(speaking_model(model), list(prompt), rules, decode, seed), daemon=True
         )
         self._thread.start()
 

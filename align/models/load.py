@@ -2,11 +2,13 @@
 
 import difflib
 import json
+import shutil
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, Literal
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 from safetensors import SafetensorError, safe_open
 from transformers import (
     AutoConfig,
@@ -35,7 +37,8 @@ ADAPTER_CONFIG = "adapter_config.json"
 NEVER_WHOLE = ("PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING", "BOTTLENECK")
 """PEFT's names of the methods that no weight can take up."""
 SHARD_INDEX = "model.safetensors.index.json"
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
+SENTENCEPIECE = "tokenizer.model"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", SENTENCEPIECE)
 
 
 def resolve_model(name: str) -> str:
@@ -94,6 +97,11 @@ def adapter_base(folder: Path) -> str:
 def merges(folder: Path) -> bool:
     """Whether the base's weights can take up the adapter in a folder."""
     return _json_object(folder / ADAPTER_CONFIG).get("peft_type") not in NEVER_WHOLE
+
+
+def virtual_tokens(folder: Path) -> int:
+    """Tokens that the adapter in a folder puts in front of every row; 0 for one that sits in layers."""
+    return _json_object(folder / ADAPTER_CONFIG).get("num_virtual_tokens") or 0
 
 
 def _way_to_whole(folder: Path) -> str:
@@ -174,6 +182,23 @@ def load_tokenizer(name: str, model: ModelConfig, chat_template: str | None) -> 
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write a tokenizer, and the SentencePiece file that it was made from: its scores are nowhere else."""
+    tokenizer.save_pretrained(folder)
+    source = sentencepiece_file(tokenizer.name_or_path)
+    if source is not None:
+        shutil.copyfile(source, folder / SENTENCEPIECE)
+
+
+def sentencepiece_file(name: str) -> Path | None:
+    """Of a tokenizer's folder, or of the hub's cache, if it has one. Asks no server."""
+    folder = Path(resolve_model(name))
+    if folder.is_dir():
+        return folder / SENTENCEPIECE if (folder / SENTENCEPIECE).is_file() else None
+    cached = try_to_load_from_cache(name, SENTENCEPIECE) if is_hub_id(name) else None
+    return Path(cached) if isinstance(cached, str) else None
 
 
 def load_model(

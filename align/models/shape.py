@@ -12,7 +12,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from align.config.adapters import READ_BY
+from align.config.adapters import READ_BY, VIRTUAL_TOKENS
 from align.config.errors import UserError
 from align.config.schema import AdapterStart, ModelConfig, PeftConfig, PeftMethod, Placement, Precision
 from align.distributed.memory import Shape
@@ -36,10 +36,16 @@ def shape_of(name: str, model: ModelConfig, peft: PeftConfig | None = None, *, s
         shape = _read(name, model.revision, model.trust_remote_code, scores)
         if peft is None or peft.method is PeftMethod.none:
             return shape
+        adapter = _adapters_of(name, model, peft, scores)
         return replace(
             shape,
-            adapter=_adapters_of(name, model, peft, scores),
-            adapter_rank=peft.r if peft.method in READ_BY["r"] else 0,
+            adapter=adapter,
+            inputs_kept=peft.method in READ_BY["alpha"],
+            beside=_beside(shape, peft),
+            # Each of its weights scales one number of a position.
+            scaled=adapter // shape.layers if peft.method is PeftMethod.ia3 else 0,
+            virtual=peft.virtual_tokens if peft.method in VIRTUAL_TOKENS else 0,
+            prefix=peft.method is PeftMethod.prefix,
             quantised=_quantised(_on_meta(name, model.revision, model.trust_remote_code, scores), peft),
             double_quantisation=peft.double_quantisation,
         )
@@ -141,6 +147,14 @@ def _quantised(built: PreTrainedModel, peft: PeftConfig) -> int:
         return 0
     layers = {key: module for key, module in built.named_modules() if isinstance(module, nn.Linear)}
     return sum(m.weight.numel() for key, m in layers.items() if key.rsplit(".", 1)[-1] not in KEPT_WHOLE)
+
+
+def _beside(shape: Shape, peft: PeftConfig) -> int:
+    """Numbers a position that the adapters of a layer keep: of low rank at each linear layer; of bottleneck layers what
+    they take in, and both sides of what they bend it by."""
+    if peft.method is PeftMethod.bottleneck:
+        return (1 + (peft.placement is Placement.houlsby)) * (shape.hidden + 2 * peft.r)
+    return peft.r * (7 if shape.gated else 6) if peft.method in READ_BY["alpha"] else 0
 
 
 def _adapters_of(name: str, model: ModelConfig, peft: PeftConfig, scores: bool) -> int:

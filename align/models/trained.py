@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from peft import PeftConfig as AdapterConfig
 from peft import PeftModel
 from torch import nn
 
@@ -13,9 +12,9 @@ from align.artifacts import Manifest
 from align.config.errors import UserError
 from align.config.schema import ModelConfig, PeftMethod
 from align.models.adapters import bottleneck  # noqa: F401  PEFT learns of the method
-from align.models.load import adapter_base, is_adapter, load_model, resolve_model
+from align.models.load import adapter_base, context_length, is_adapter, load_model, resolve_model, virtual_tokens
 
-POLICY, ADAPTER = "policy", "adapter"
+POLICY, ADAPTER, BASE = "policy", "adapter", "policy.base"
 
 
 @dataclass(frozen=True)
@@ -37,6 +36,17 @@ class Trained:
     def seed(self) -> int:
         """By which the weights of `tiny-untrained` are drawn."""
         return self.manifest.seed if self.manifest is not None else 0
+
+    @property
+    def start(self) -> str:
+        """The whole model: the policy itself, or what its adapter sits on."""
+        return self.policy if self.whole else str(self.base)
+
+    @property
+    def longest(self) -> int | None:
+        """Tokens of the longest sequence it takes, its virtual ones not counted, if its config says so."""
+        longest = context_length(self.start)
+        return longest if longest is None or self.whole else longest - virtual_tokens(Path(str(self.adapter)))
 
 
 def trained_model(policy: str) -> Trained:
@@ -65,30 +75,19 @@ def trained_in_4_bits(manifest: Manifest | None) -> bool:
 
 
 def load_trained(trained: Trained, model: ModelConfig, dtype: torch.dtype) -> nn.Module:
-    """The model as it was trained, the adapter unmerged, its other weights in `dtype`; in eval mode.
-
-    Raises: UserError for an adapter of virtual tokens, which sits in no layer.
-    """
+    """The model as it was trained, the adapter unmerged, its other weights in `dtype`; in eval mode."""
     if trained.adapter is None:
         return load_model(trained.policy, model, dtype, seed=trained.seed).eval()
-    refuse_virtual_tokens(trained.adapter)
     base = load_model(str(trained.base), model, dtype, seed=trained.seed)
     return PeftModel.from_pretrained(base, str(trained.adapter)).eval()
-
-
-def refuse_virtual_tokens(adapter: Path) -> None:
-    """Raises: UserError for an adapter of virtual tokens, which sits in no layer: the base alone would answer."""
-    if AdapterConfig.from_pretrained(str(adapter)).is_prompt_learning:
-        raise UserError(
-            f"{adapter}: an adapter of virtual tokens before each prompt, which cannot be merged into weights; "
-            "load it with PEFT, on its base"
-        )
 
 
 def _base(adapter: Path, manifest: Manifest | None) -> str:
     if manifest is None:
         return adapter_base(adapter)
-    entry = next(entry for entry in manifest.inputs if entry["name"] == POLICY)
+    inputs = {entry["name"]: entry for entry in manifest.inputs}
+    # An export takes in the base beside the policy; of a stage that trains the policy it started from is the base.
+    entry = inputs.get(BASE) or inputs[POLICY]
     base = _moved(entry["path"], adapter.parent.parent)
     folder = Path(resolve_model(base))
     if folder.is_dir() and artifacts.digest_model(folder) != entry["digest"]:

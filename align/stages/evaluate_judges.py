@@ -24,7 +24,7 @@ from align.stages.evaluate_parts import Parts
 from align.stages.rows import load_template
 from align.stages.scoring import answer_scores
 from align.stages.session import input_digests
-from align.stages.speakers import check_device, check_speaker, load_speaker, local_name
+from align.stages.speakers import check_device, check_speaker, load_speaker
 from align.trainers.reward_sources import Answered, FunctionReward, function_digest
 
 WHERE = "stages.evaluate.judge"
@@ -62,10 +62,8 @@ def judge_inputs(stage: EvaluateStage) -> list[dict[str, str]]:
         return [function_digest(_function(stage))]
     if judge.kind is JudgeKind.model:
         digest = load_constitution(judge.constitution).digest
-        return [
-            {"name": "judge", "path": str(judge.speaker.model), "digest": local_name(str(judge.speaker.model))},
-            {"name": "constitution", "path": judge.constitution, "digest": digest},
-        ]
+        constitution = {"name": "constitution", "path": judge.constitution, "digest": digest}
+        return [*input_digests(str(judge.speaker.model), "judge"), constitution]
     return []
 
 

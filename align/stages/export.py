@@ -13,10 +13,10 @@ from align.distributed import runtime
 from align.losses.parity import Parity
 from align.models.load import load_config, merges
 from align.models.reward import has_score_head
-from align.models.trained import Trained, refuse_virtual_tokens, trained_in_4_bits, trained_model
+from align.models.trained import BASE, Trained, trained_in_4_bits, trained_model
 from align.stages.context import RunContext, stage_record
 from align.stages.export_compare import Comparison, compare_adapter, compare_model, questions
-from align.stages.export_gguf import GGUF, converter, write_gguf
+from align.stages.export_gguf import GGUF, check_tokenizer, converter, write_gguf
 from align.stages.export_push import check_push, push
 from align.stages.export_write import (
     check_generation,
@@ -52,6 +52,9 @@ def _check(stage: ExportStage, context: RunContext, found: Trained) -> None:
     forms = "stages.export.forms"
     if not stage.forms:
         raise UserError(f"{forms} is empty; name what to write, such as {forms}=[model]")
+    if found.adapter is not None and not merges(found.adapter) and {ExportForm.model, ExportForm.gguf} & {*stage.forms}:
+        form = "model" if ExportForm.model in stage.forms else "gguf"
+        raise UserError(f"{forms} has {form}, but no weights can take this adapter up; write {forms}=[adapter]")
     if ExportForm.gguf in stage.forms:
         if ExportForm.model not in stage.forms:
             raise UserError(f"{forms}: gguf is made of the exported model; write {forms}=[model,gguf]")
@@ -59,11 +62,7 @@ def _check(stage: ExportStage, context: RunContext, found: Trained) -> None:
     if ExportForm.adapter in stage.forms and found.adapter is None:
         way = "on a base in 4 bits, which is not kept" if trained_in_4_bits(found.manifest) else "whole"
         raise UserError(f"{forms} has adapter, but {stage.policy} was trained {way}; leave adapter out")
-    if found.adapter is not None:
-        refuse_virtual_tokens(found.adapter)
-        if ExportForm.model in stage.forms and not merges(found.adapter):
-            raise UserError(f"{forms} has model, but no weights can take this adapter up; write {forms}=[adapter]")
-    config = load_config(str(found.policy if found.whole else found.base), context.config.model)
+    config = load_config(found.start, context.config.model)
     if has_score_head(config):
         raise UserError(
             f"stages.export.policy={stage.policy}: a reward model; it gives no replies to compare, and is a plain "
@@ -77,6 +76,8 @@ def _check(stage: ExportStage, context: RunContext, found: Trained) -> None:
 def _export(stage: ExportStage, context: RunContext, found: Trained) -> dict[str, Parity]:
     """Everything, on rank 0; returns how each model compares with the trained one."""
     asked = questions(stage, context, found)
+    if ExportForm.gguf in stage.forms:
+        check_tokenizer(asked.template.tokenizer)
     comparison = Comparison(stage, context, found, asked)
     say(f"export: the trained model answers {len(asked.prompts)} prompts")
     comparison.read_trained()
@@ -153,7 +154,7 @@ def _manifest(stage: ExportStage, context: RunContext, found: Trained, compared:
     record = stage_record(context.config, context.stage_name, context.run_dir)
     inputs = input_digests(stage.policy, "policy")
     if found.adapter is not None and found.whole:
-        inputs += input_digests(str(found.base), "base")
+        inputs += input_digests(str(found.base), BASE)
     names = [form.value for form in stage.forms if form is not ExportForm.gguf] + [VERIFICATION]
     names += [GGUF] * (ExportForm.gguf in stage.forms)
     figures = {

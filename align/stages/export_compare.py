@@ -44,16 +44,15 @@ def questions(stage: ExportStage, context: RunContext, found: Trained) -> Asked:
     Raises: UserError if the policy was trained on another template, or no prompt fits.
     """
     has_tokenizer = load.has_tokenizer(found.policy)
-    template = load_template(context.config, found.policy if has_tokenizer else str(found.base))
+    template = load_template(context.config, found.policy if has_tokenizer else found.start)
     _check_template(found, template, "model.chat_template")
-    longest = load.context_length(str(found.policy if found.whole else found.base))
     rows, prompts = [], []
     for row in prepare_prompts(context.config.data).rows:
         try:
             ids = list(template.encode_prompt(row.messages, row.tools))
         except RowRefused:
             continue
-        if longest is None or len(ids) + stage.max_new_tokens <= longest:
+        if found.longest is None or len(ids) + stage.max_new_tokens <= found.longest:
             rows.append(row)
             prompts.append(ids)
         if len(rows) == stage.max_prompts:

@@ -1,11 +1,15 @@
 """A GGUF file for llama.cpp, by the converter that its authors keep up, where that is installed."""
 
+import json
 import shutil
 import subprocess
 from pathlib import Path
 
+from transformers import PreTrainedTokenizerBase
+
 from align.config.errors import UserError
 from align.config.schema import GGUFType
+from align.models.load import SENTENCEPIECE, sentencepiece_file
 
 GGUF = "model.gguf"
 COMMANDS = ("convert_hf_to_gguf.py", "llama-convert-hf-to-gguf")
@@ -22,6 +26,20 @@ def converter() -> str:
             "install llama.cpp, or leave gguf out"
         )
     return found
+
+
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises: UserError for a SentencePiece tokenizer whose own file is gone.
+
+    The converter then gives every piece the same score (llama.cpp of 2026-10), and llama.cpp merges by scores.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    pieces = backend is not None and json.loads(backend.to_str())["model"].get("byte_fallback")
+    if pieces and sentencepiece_file(tokenizer.name_or_path) is None:
+        raise UserError(
+            f"stages.export.forms has gguf, but {tokenizer.name_or_path} lacks {SENTENCEPIECE}, and without its scores "
+            "llama.cpp would cut text otherwise; copy it there from the model that training started from"
+        )
 
 
 def write_gguf(model: Path, file: Path, form: GGUFType) -> str:

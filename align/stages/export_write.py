@@ -14,7 +14,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from align.config.errors import UserError
 from align.config.schema import ExportDtype, ExportStage, ModelConfig
 from align.data.template import Template
-from align.models.load import ADAPTER_CONFIG, check_saved_model, load_config, resolve_model
+from align.models.load import ADAPTER_CONFIG, check_saved_model, load_config, resolve_model, save_tokenizer
 from align.models.trained import Trained
 from align.stages.saving import make_readable
 
@@ -25,7 +25,7 @@ SAMPLING = ("temperature", "top_k", "top_p", "min_p", "typical_p")
 
 def stored_dtype(found: Trained, model: ModelConfig) -> torch.dtype:
     """The number format of a policy's weights, or of an adapter's base."""
-    dtype = load_config(str(found.policy if found.whole else found.base), model).dtype
+    dtype = load_config(found.start, model).dtype
     return dtype if isinstance(dtype, torch.dtype) else torch.float32
 
 
@@ -82,7 +82,7 @@ def write_model(
     model.generation_config = _generation_config(config, stage.generation)
     model.config.use_cache = True
     model.save_pretrained(folder, max_shard_size=stage.max_shard_size)
-    template.tokenizer.save_pretrained(folder)
+    save_tokenizer(template.tokenizer, folder)
     check_saved_model(folder, ModelConfig())
     make_readable(folder)
 
@@ -97,7 +97,7 @@ def write_adapter(found: Trained, template: Template, folder: Path) -> None:
     config = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
     config["base_model_name_or_path"] = str(base.resolve()) if base.is_dir() else str(found.base)
     (folder / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    template.tokenizer.save_pretrained(folder)
+    save_tokenizer(template.tokenizer, folder)
     make_readable(folder)
 
 

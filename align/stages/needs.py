@@ -4,11 +4,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from align.config.adapters import VIRTUAL_TOKENS
 from align.config.errors import UserError
 from align.config.rewards import RewardSetting, parse_rewards
 from align.config.schema import (
     Advantage,
     DPOStage,
+    Layout,
     PeftMethod,
     PPOStage,
     RewardStage,
@@ -48,7 +50,10 @@ class Setup:
 
     @property
     def stage(self) -> Any:
-        return getattr(self.config.stages, self.name)
+        """Its settings; virtual tokens are trained in padded rows alone."""
+        stage = getattr(self.config.stages, self.name)
+        virtual = self.config.peft.method in VIRTUAL_TOKENS and isinstance(stage, DPOStage | RewardStage)
+        return replace(stage, layout=Layout.padded) if virtual else stage
 
     @property
     def adapters(self) -> bool:
@@ -73,8 +78,8 @@ class Setup:
             return self.shape(self.stage.policy, trained=trained, scores=scores)
 
     def batch(self, micro_batches: int = 1) -> Batch:
-        """The longest micro-batch, or so many of them at once."""
-        return longest_batch(self.stage, self.rows, micro_batches)
+        """The longest micro-batch, or so many of them at once, with the adapter's virtual tokens."""
+        return memory.with_virtual_tokens(self.policy(), longest_batch(self.stage, self.rows, micro_batches))
 
     def policy(self) -> Shape:
         return self.shape(self.stage.policy, scores=isinstance(self.stage, RewardStage))

@@ -53,7 +53,7 @@ def finish_folders(session: Session, names: list[str]) -> None:
         partial = partial_folder(session.context, name)
         if partial.exists():
             if name != ADAPTER:
-                session.tokenizer.save_pretrained(partial)
+                load.save_tokenizer(session.tokenizer, partial)
             if not load.is_adapter(partial):
                 load.check_saved_model(partial, session.context.config.model)
             make_readable(partial)

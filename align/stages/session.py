@@ -25,6 +25,7 @@ from align.models import load
 from align.models.adapters.quantised import compute_exactly, quantisation
 from align.models.peft import add_adapter
 from align.models.reward import load_reward_model
+from align.models.trained import trained_model
 from align.stages.adapters import keep_start, trained_words
 from align.stages.context import RunContext, plain
 from align.stages.rows import load_template, prepare_rows, report_rows
@@ -205,10 +206,14 @@ def _zero_stage(context: RunContext, prepared: Prepared) -> int | None:
 
 
 def input_digests(model: str, name: str) -> list[dict[str, str]]:
-    """A model as a manifest's input: digest of a folder, the bare id of a hub model."""
+    """A model as a manifest's inputs: digest of a folder, the bare id of a hub model; after an adapter its base.
+
+    Raises: UserError for an adapter whose base is not said, or has changed since the adapter was trained.
+    """
     path = Path(load.resolve_model(model))
     digest = artifacts.digest_model(path) if path.is_dir() else f"hub:{model}"
-    return [{"name": name, "path": model, "digest": digest}]
+    base = input_digests(str(trained_model(model).base), f"{name}.base") if load.is_adapter(path) else []
+    return [{"name": name, "path": model, "digest": digest}, *base]
 
 
 def _refuse_unknown_tokens(session: Session, name: str, vocabulary: int) -> None:

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 import torch
 
+from align.artifacts import digest_value
 from align.config.errors import UserError
 from align.config.schema import ConstitutionalStage, SpeakerBackend, SpeakerConfig
 from align.generation.local_speaker import LocalSpeaker
@@ -128,8 +129,8 @@ def _dtype(context: RunContext) -> torch.dtype:
 
 def local_name(model: str) -> str:
     """A model with a digest of its weights: part of every journal key, for other weights give other answers."""
-    weights = "".join(entry["digest"] for entry in input_digests(model, "model"))[:12]
-    return f"{model}@{weights}" if weights else model
+    own, *base = (entry["digest"] for entry in input_digests(model, "model"))
+    return f"{model}@{digest_value([own, *base])[:12] if base else own[:12]}"
 
 
 def _server(config: SpeakerConfig) -> ServerSpeaker:

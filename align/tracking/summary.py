@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from align.artifacts import Manifest
+from align.config.adapters import NOT_MERGED
 from align.config.schema import PeftMethod, RunConfig
 from align.tracking.report_files import REPORT
 from align.tracking.wandb_run import wandb_mode
@@ -159,8 +160,9 @@ def _where(config: RunConfig, run_dir: Path, manifests: list[Manifest]) -> list[
     ]
     if wandb_mode(config.log) == "offline":
         places.append(("wandb", f"wandb sync {shlex.quote(str(run_dir / 'wandb'))}/offline-run-*"))
-    if trained and any(m.stage in ("classify", "export") for m in manifests):
-        following = _after_use(manifests, shlex.quote(str(model)))
+    kept = config.peft.keep_adapter or config.peft.method in NOT_MERGED  # no stage trains on from base + adapter
+    if trained and (kept or any(m.stage in ("classify", "export") for m in manifests)):
+        following = _after_use(config, manifests, trained[-1], shlex.quote(str(model)))
     elif trained:
         following = _next_command(config, trained[-1], shlex.quote(str(model)))
     else:
@@ -183,9 +185,12 @@ def _reports(manifests: list[Manifest]) -> list[str]:
     return [stage for stage, paths in signed.items() if REPORTS.get(stage) in paths]
 
 
-def _after_use(manifests: list[Manifest], model: str) -> str | None:
-    """A classifier is trained to be used; what was exported is."""
-    return None if manifests[-1].stage == "export" else f"python -m align +recipe=export model.path={model}"
+def _after_use(config: RunConfig, manifests: list[Manifest], stage: str, model: str) -> str | None:
+    """A classifier is trained to be used; what was exported is. A reward model is used as it is."""
+    if manifests[-1].stage == "export" or stage == "reward":
+        return None
+    alone = " stages.export.forms=[adapter]" if config.peft.method in NOT_MERGED else ""
+    return f"python -m align +recipe=export model.path={model}{alone}"
 
 
 def _after_data(config: RunConfig, run_dir: Path) -> str:

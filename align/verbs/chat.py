@@ -21,7 +21,7 @@ from align.distributed.runtime import launched_rank
 from align.generation.batching import Rules
 from align.generation.chats import Chats
 from align.generation.streaming import Stream
-from align.models.load import check_model, context_length, has_tokenizer, use_bf16
+from align.models.load import check_model, has_tokenizer, use_bf16
 from align.models.trained import POLICY, load_trained, trained_model
 from align.stages.export import EXPORTED
 from align.stages.rows import load_template
@@ -89,9 +89,7 @@ def chosen_model(config: RunConfig) -> tuple[str, str]:
 def _check_there(name: str, key: str, config: RunConfig) -> None:
     """Raises: UserError for a model that is not whole; of an adapter, its base has to be."""
     parts = trained_model(name) if Path(name).is_dir() else None
-    check_model(
-        name if parts is None or parts.whole else str(parts.base), where=key, pickled=config.model.pickled_weights
-    )
+    check_model(name if parts is None else parts.start, where=key, pickled=config.model.pickled_weights)
 
 
 def _lines(terminal: bool) -> Iterator[str]:
@@ -125,15 +123,14 @@ class Speaker:
         """A model by name, its adapter on its base. template: where its own tokenizer has none."""
         _check_there(name, "chat.model" if template is None else "chat.base", config)
         parts = trained_model(name)
-        whole = name if parts.whole else str(parts.base)
-        own = load_template(config, name if has_tokenizer(name) else whole)
+        own = load_template(config, name if has_tokenizer(name) else parts.start)
         if not own.tokenizer.chat_template and template is not None:
             own = template
         own.chat  # noqa: B018  proves the template, before weights are loaded
         device = "cuda" if torch.cuda.is_available() else "cpu"
         dtype = torch.bfloat16 if use_bf16(config.precision, device) else torch.float32
         model = load_trained(parts, config.model, dtype).to(device)
-        return cls(label, model, own, context_length(whole), config.chat)
+        return cls(label, model, own, parts.longest, config.chat)
 
     def answer(self, messages: list[Message], turn: int) -> Stream:
         """Raises: UserError for messages that its template does not take, or that are too long."""

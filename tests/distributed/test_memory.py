@@ -132,16 +132,18 @@ def batch_of(laid: dict[str, torch.Tensor], layout: Layout) -> Batch:
     return Batch(rows * width, squares, forest=forest, scored=len(laid["targets"]))
 
 
-def trainable(name: str, form: memory.Form, *, adapters: bool, layout: Layout, checkpointing: bool) -> PreTrainedModel:
+def trainable(
+    name: str, form: memory.Form, *, peft: PeftConfig | None, layout: Layout, checkpointing: bool
+) -> PreTrainedModel:
     model = tiny(name).to(torch.bfloat16 if form.weight == 2 else torch.float32)
-    if adapters:
-        model = add_adapter(model, LORA, seed=0, zero3=form is HALF)
+    if peft:
+        model = add_adapter(model, peft, seed=0, zero3=form is HALF)
     turn_dropout_off(model)
     attach(model, layout)
     plain = plain_model(model.train())
     plain.config.use_cache = False
     if checkpointing:
-        if adapters:
+        if peft:
             model.enable_input_require_grads()
         plain.gradient_checkpointing_enable({"use_reentrant": False})
     return model
@@ -154,7 +156,7 @@ FORMS = {"fp32": FP32, "bf16 as under DeepSpeed": HALF, "bf16 by autocast": AUTO
 @pytest.mark.parametrize("form", list(FORMS.values()), ids=list(FORMS))
 @pytest.mark.parametrize("name", FAMILIES)
 def test_activations_are_what_autograd_keeps(name, form, layout, tmp_path):
-    model = trainable(name, form, adapters=False, layout=layout, checkpointing=False)
+    model = trainable(name, form, peft=None, layout=layout, checkpointing=False)
     model.config.save_pretrained(tmp_path)
     shape, laid = shape_of(str(tmp_path), ModelConfig()), lay_out(TREES, layout, 0)
     with torch.autocast("cpu", torch.bfloat16, enabled=form is AUTOCAST), kept_by(model) as kept:
@@ -169,7 +171,7 @@ def test_activations_are_what_autograd_keeps(name, form, layout, tmp_path):
 @pytest.mark.parametrize("layout", [Layout.forest, Layout.padded])
 @pytest.mark.parametrize("form", [FP32, HALF], ids=["fp32", "bf16"])
 def test_activations_with_checkpointing_are_the_inputs_of_layers(form, layout, tmp_path):
-    model = trainable("llama", form, adapters=False, layout=layout, checkpointing=True)
+    model = trainable("llama", form, peft=None, layout=layout, checkpointing=True)
     model.config.save_pretrained(tmp_path)
     shape, laid = shape_of(str(tmp_path), ModelConfig()), lay_out(TREES, layout, 0)
     with kept_by(model) as kept:
@@ -181,16 +183,39 @@ def test_activations_with_checkpointing_are_the_inputs_of_layers(form, layout, t
     assert whole < memory.activation_bytes(shape, batch, form, checkpointing=False)
 
 
+ADAPTED = {
+    "lora": LORA,
+    "ia3": PeftConfig(method=PeftMethod.ia3, target_modules=None),
+    "prefix": PeftConfig(method=PeftMethod.prefix, virtual_tokens=40),
+    "prompt": PeftConfig(method=PeftMethod.prompt, virtual_tokens=40),
+    "ptuning": PeftConfig(method=PeftMethod.ptuning, virtual_tokens=40),
+}
+PLACES = [(name, layout) for name in ("lora", "ia3") for layout in (Layout.forest, Layout.padded)]
+PLACES += [(name, Layout.padded) for name in ("prefix", "prompt", "ptuning")]
+
+
 @pytest.mark.parametrize("form", [FP32, HALF, HALF_BASE], ids=["fp32", "bf16 under DeepSpeed", "bf16 by autocast"])
-@pytest.mark.parametrize("layout", [Layout.forest, Layout.padded])
-def test_activations_of_a_model_with_adapters(form, layout, tmp_path):
-    model = trainable("llama", form, adapters=True, layout=layout, checkpointing=False)
+@pytest.mark.parametrize(("name", "layout"), PLACES, ids=[f"{name}, {layout.value}" for name, layout in PLACES])
+def test_activations_of_a_model_with_adapters(name, layout, form, tmp_path):
+    peft = ADAPTED[name]
+    model = trainable("llama", form, peft=peft, layout=layout, checkpointing=False)
     plain_model(model).config.save_pretrained(tmp_path)
-    shape, laid = shape_of(str(tmp_path), ModelConfig(), LORA), lay_out(TREES, layout, 0)
+    shape, laid = shape_of(str(tmp_path), ModelConfig(), peft), lay_out(TREES, layout, 0)
     with torch.autocast("cpu", torch.bfloat16, enabled=form is HALF_BASE), kept_by(model) as kept:
         scored_logits(model, laid)
-    counted = memory.activation_bytes(shape, batch_of(laid, layout), form, checkpointing=False)
-    assert counted == pytest.approx(kept.bytes, rel=0.15)
+    batch = memory.with_virtual_tokens(shape, batch_of(laid, layout))
+    counted = memory.activation_bytes(shape, batch, form, checkpointing=False)
+    assert counted == pytest.approx(kept.bytes, rel=0.1)
+
+
+def test_virtual_tokens_are_positions_of_each_row_and_of_a_prefix_keys_and_values_alone():
+    batch, shape = Batch(tokens=3 * 100, squares=3 * 100**2, scored=50), replace(LOGITS_SHAPE, virtual=20)
+    assert memory.with_virtual_tokens(LOGITS_SHAPE, batch) is batch
+    # Of rows with virtual tokens all logits are made: those wanted are counted from the end.
+    expected = Batch(tokens=3 * 120, squares=3 * 120**2, scored=50, projected=3 * 120)
+    assert memory.with_virtual_tokens(shape, batch) == expected
+    prefix = memory.with_virtual_tokens(replace(shape, prefix=True), batch)
+    assert prefix == replace(batch, squares=3 * 100 * 120, cached=3 * 20)
 
 
 # Logits, held against a profile of the allocator.

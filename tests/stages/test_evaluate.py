@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from align.chain import run_chain
 from align.config.errors import UserError
 from align.config.schema import (
     DataConfig,
@@ -20,6 +21,7 @@ from align.config.schema import (
     SpeakerBackend,
     SpeakerConfig,
 )
+from align.config.store import compose_run
 from align.data.prepare import prepare_preferences, prepare_text
 from align.data.template import Template
 from align.distributed.runtime import Runtime
@@ -191,6 +193,16 @@ def test_a_judge_with_a_habit_is_called_one(tmp_path, monkeypatch, kind, words):
     assert any(words in sentence for sentence in found["models"]["sft"]["win"]["judge"]["words"])
     assert "judge in doubt" in found["verdict"][0]
     assert words in (folder / "evaluate_report.html").read_text()
+
+
+def test_a_command_with_a_local_judge_may_be_typed_again(tmp_path):
+    words = [
+        "+recipe=evaluate", f"run_dir={tmp_path}/run", f"cache_dir={tmp_path}/cache", "precision=fp32",
+        "+stages.evaluate.models.mine=tiny-sft", "stages.evaluate.max_prompts=2", "stages.evaluate.max_new_tokens=4",
+        "stages.evaluate.kl_prompts=0", "stages.evaluate.max_pairs=0", "stages.evaluate.max_texts=0",
+        "stages.evaluate.judge.kind=model", "stages.evaluate.judge.speaker.model=tiny-critic",
+    ]  # fmt: skip
+    assert run_chain(compose_run(words).config) == run_chain(compose_run(words).config)
 
 
 VLLM = JudgeConfig(kind=JudgeKind.model, speaker=SpeakerConfig(backend=SpeakerBackend.vllm, model="tiny-sft"))

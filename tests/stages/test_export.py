@@ -21,6 +21,7 @@ from align.generation.greedy import greedy_read
 from align.generation.vllm_greedy import vllm_read, why_not_vllm
 from align.losses.parity import parity
 from align.models.load import load_model, load_tokenizer, resolve_model
+from align.models.trained import trained_model
 from align.stages import export_push
 from align.stages.export_gguf import write_gguf
 from tests.generation import stand_in_vllm
@@ -100,6 +101,12 @@ def test_the_adapter_folder_names_its_base_and_answers_on_it(trained, exported):
     assert (exported / "adapter/chat_template.jinja").read_bytes() == (
         trained / "policy/chat_template.jinja"
     ).read_bytes()
+
+
+def test_an_exported_adapter_is_known_by_the_base_it_was_trained_on(trained, exported):
+    """And not by the policy that was exported, into which it is merged already."""
+    again = trained_model(str(exported / "adapter"))
+    assert (again.base, again.whole) == (trained_model(str(trained / "policy")).base, False) == ("tiny-base", False)
 
 
 def test_what_was_compared_is_written_down_and_on_the_card(exported):
@@ -290,6 +297,33 @@ def test_a_converter_that_fails_is_told_in_one_line(tmp_path, monkeypatch, scrip
     assert not (tmp_path / "model.gguf").exists()
 
 
+def sentencepiece_like(folder: Path, *, scores: bool) -> str:
+    """tiny-sft with a tokenizer of SentencePiece's kind, with or without the file that it was made from."""
+    shutil.copytree(resolve_model("tiny-sft"), folder)
+    values = json.loads((folder / "tokenizer.json").read_text())
+    values["model"]["byte_fallback"] = True
+    (folder / "tokenizer.json").write_text(json.dumps(values))
+    if scores:
+        (folder / "tokenizer.model").write_bytes(b"scores")
+    return str(folder)
+
+
+def test_a_sentencepiece_file_goes_with_the_tokenizer_from_stage_to_export(tmp_path, monkeypatch):
+    converter_of(tmp_path, monkeypatch, 'printf "GGUF %s" "$*" > "$3"')
+    start = sentencepiece_like(tmp_path / "start", scores=True)
+    run(tmp_path, f"model.path={start}", "run=[sft]", "stages.sft.max_steps=1")
+    assert export(tmp_path / "out", tmp_path / "run/sft/policy", "stages.export.forms=[model,gguf]") == 0
+    assert (tmp_path / "out/run/export/model/tokenizer.model").read_bytes() == b"scores"
+
+
+def test_no_gguf_is_made_of_a_sentencepiece_tokenizer_without_its_scores(tmp_path, monkeypatch, capsys):
+    converter_of(tmp_path, monkeypatch, 'printf "GGUF %s" "$*" > "$3"')
+    start = sentencepiece_like(tmp_path / "start", scores=False)
+    assert export(tmp_path / "out", start, "stages.export.forms=[model,gguf]") == 2
+    assert f"{start} lacks tokenizer.model" in capsys.readouterr().err
+    assert not (tmp_path / "out/run/export/model").exists()
+
+
 def test_vllm_is_asked_the_same_and_reads_the_same(monkeypatch):
     llm = stand_in_vllm.install(monkeypatch)
     folder, settings = resolve_model("tiny-sft"), ModelConfig(path="tiny-sft")
@@ -325,9 +359,10 @@ def test_an_adapter_can_be_exported_and_nothing_else_starts_from_one(trained, tm
         run(tmp_path, "run=[dpo]", f"stages.dpo.policy={adapter}")
 
 
-def test_an_adapter_of_virtual_tokens_is_refused(tmp_path, capsys):
-    """It sits in no layer, so that the base alone would answer."""
+def test_an_adapter_of_virtual_tokens_that_peft_wrote_is_exported_alone(tmp_path, capsys):
     settings = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
     get_peft_model(load(resolve_model("tiny-sft")), settings).save_pretrained(tmp_path / "adapter")
     assert export(tmp_path, tmp_path / "adapter") == 2
-    assert "an adapter of virtual tokens before each prompt, which cannot be merged" in capsys.readouterr().err
+    assert "no weights can take this adapter up; write stages.export.forms=[adapter]" in capsys.readouterr().err
+    assert export(tmp_path, tmp_path / "adapter", "stages.export.forms=[adapter]") == 0
+    assert (tmp_path / "run/export/adapter/chat_template.jinja").is_file()

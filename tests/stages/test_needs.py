@@ -6,7 +6,7 @@ from align.chain import run_chain
 from align.config.store import compose_run
 from align.distributed import memory
 from align.distributed.memory import FP32, GIB, Sharding, layer_bytes
-from align.stages.longest import rows_of
+from align.stages.longest import longest_rows, rows_of
 from align.stages.needs import Setup, Target, needs
 from align.stages.rows import load_template, tokenised
 from align.trainers.out_of_memory import BatchNamingTrainer
@@ -21,6 +21,8 @@ RUNS = {
     "dpo padded": ("dpo", 4, ["stages.dpo.layout=padded"]),
     "dpo checkpointed": ("dpo", 4, ["stages.dpo.layout=forest", "stages.dpo.activation_checkpointing=true"]),
     "reward": ("reward", 0, []),
+    "dpo prompt": ("dpo", 4, ["peft=prompt"]),
+    "dpo ia3": ("dpo", 4, ["peft=ia3", "stages.dpo.layout=forest"]),
 }
 
 
@@ -53,6 +55,22 @@ def test_a_run_keeps_what_was_counted_and_its_longest_batch_comes_early(name, lo
     assert counted == pytest.approx(max(kept), rel=0.15)
     early = kept[: 15 * (stage.batch_size // stage.micro_batch_size)]
     assert max(early) >= 0.97 * max(kept)
+
+
+@pytest.mark.parametrize("method", ["prompt", "prefix"])
+def test_virtual_tokens_are_counted_in_padded_rows(method):
+    need, batch = {}, {}
+    for count in (1, 101):
+        words = ["+recipe=dpo", f"peft={method}", f"peft.virtual_tokens={count}"]
+        config = compose_run(words, None).config
+        rows = longest_rows(config.stages.dpo, "not known")
+        setup = Setup(config, "dpo", rows, Target(1, 8 * GIB, None, cuda=False, bf16=False))
+        batch[count] = setup.batch()
+        need[count] = needs(setup, PLAIN)["training"].moments["backward pass"]["activations"]
+    more = 100 * 2 * config.stages.dpo.micro_batch_size
+    assert not batch[1].forest and need[101] > need[1]
+    assert batch[101].tokens - batch[1].tokens == (more if method == "prompt" else 0)
+    assert batch[101].cached - batch[1].cached == (more if method == "prefix" else 0)
 
 
 def every_class(root: type) -> list[type]:

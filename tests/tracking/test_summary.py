@@ -106,6 +106,15 @@ def test_after_sft_comes_dpo_from_its_policy_on_the_same_data():
     assert lines([trained("sft")], own)[-1] == f"next     python -m align +recipe=dpo {expected}"
 
 
+def test_after_an_adapter_that_stays_one_comes_its_export_for_no_stage_trains_on_from_it():
+    own, model = config(), "model.path=runs/sft_dpo/sft/policy"
+    own.peft.method = PeftMethod.prefix
+    expected = f"next     python -m align +recipe=export {model} stages.export.forms=[adapter]"
+    assert lines([trained("sft")], own)[-1] == expected
+    own.peft.method, own.peft.keep_adapter = PeftMethod.lora, True
+    assert lines([trained("sft")], own)[-1] == f"next     python -m align +recipe=export {model}"
+
+
 def test_a_model_of_ones_own_is_not_told_to_bring_a_model():
     own = config()
     own.model.path = "models/mine"
