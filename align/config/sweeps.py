@@ -12,9 +12,11 @@ from typing import Any
 
 from hydra import initialize_config_dir
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
+from hydra.core.plugins import Plugins
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
@@ -99,7 +101,7 @@ def run_sweep(sweep: Sweep, by: SweepBy, folder: Path, task: Callable[[Any], flo
         with initialize_config_dir(str(listing.conf_dir()), version_base="1.3", job_name="align"):
             GlobalHydra.instance().hydra.multirun("config", task, arguments)
     except (HydraException, OmegaConfBaseException) as error:
-        raise UserError(f"sweep: {' '.join(str(error).split())}") from error
+        raise UserError(_hydras_error(str(error), sweep)) from error
 
 
 def values_of_this_member(sweep: Sweep) -> list[str]:
@@ -127,9 +129,13 @@ def _typed(overrides: list[Override], name: str) -> str | None:
 
 
 def _refuse_unusable(sweep: Sweep) -> None:
-    for group, options in PLUGINS.items():
-        if (asked := _typed(sweep.overrides, group)) in options and not _is_there(group, asked):
+    for group, plugins in PLUGINS.items():
+        asked = _typed(sweep.overrides, group)
+        if asked is None or asked in (known := _options(group, sweep.user_dir)):
+            continue
+        if asked in plugins:
             raise UserError(f"{group}={asked} is not installed; pip install 'align-train[sweeps]'")
+        raise UserError(f"{group}={asked}: no such option{refusals.near(asked, known)}")
     for override in sweep.swept:
         if sweep.search is None and not override.is_discrete_sweep():
             raise UserError(
@@ -141,16 +147,22 @@ def _refuse_unusable(sweep: Sweep) -> None:
         )
 
 
-def _is_there(group: str, option: str) -> bool:
-    from hydra.core.config_store import ConfigStore
-    from hydra.core.plugins import Plugins
-
+def _options(group: str, user_dir: Path | None) -> list[str]:
+    """What Hydra and its plugins have, and a folder of the user's own."""
     Plugins.instance()  # finds the plugins, which register themselves
-    *path, _ = [*group.split("/"), option]
     found: Any = ConfigStore.instance().repo
-    for name in path:
+    for name in group.split("/"):
         found = found.get(name, {})
-    return f"{option}.yaml" in found
+    own = sorted((user_dir / group).glob("*.yaml")) if user_dir else []
+    return sorted({"basic", *(name.removesuffix(".yaml") for name in found), *(file.stem for file in own)} - {"_"})
+
+
+def _hydras_error(said: str, sweep: Sweep) -> str:
+    """One line of what Hydra refused."""
+    if (key := re.search(r"Could not override '(hydra\.(sweeper|launcher)\S*)'", said)) is not None:
+        group = f"hydra/{key[2]}"
+        return f"{key[1]} is no setting of {group}={_typed(sweep.overrides, group) or 'basic'}; see docs/sweeps.md"
+    return f"sweep: {' '.join(said.split())}"
 
 
 def _lowest(override: Override) -> Any:

@@ -192,7 +192,9 @@ def test_a_search_goes_on_after_failures_and_pruned_members(sweeping, capsys):
     [
         (SEARCH, "name the figure to search by: sweep.by= one of win_rate, helpful"),
         (("hydra/sweeper=optuna", "sweep.by=loss"), "nothing to choose; give ranges"),
-        (("hydra/sweeper=nothing", "sweep.by=loss", "stages.dpo.beta=0.1,0.2"), "nothing"),
+        (("hydra/sweeper=optunna", *SEARCH[1:]), "hydra/sweeper=optunna: no such option; did you mean optuna?"),
+        ((*SEARCH, "sweep.by=loss", "hydra.sweeper.n_trails=2"), "hydra.sweeper.n_trails is no setting of hydra/sw"),
+        (("hydra.launcher.nodes=2", "stages.dpo.beta=0.1,0.2"), "no setting of hydra/launcher=basic"),
         (("sweep.prune_after=2", "stages.dpo.beta=0.1,0.2"), "no stage prunes; add stages.dpo.prune=true"),
         (("stages.dpo.prune=true", "stages.dpo.beta=0.1,0.2"), "add stages.dpo.eval_every=50"),
         (("sweep.by=best", "stages.dpo.beta=0.1,0.2"), "sweep.by=best: not a choice"),
