@@ -1,6 +1,7 @@
 """Several runs as one HTML page: ranked by a figure, the settings in which they differ, curves over each other."""
 
-from collections.abc import Sequence
+import json
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from align.config.schema import SweepBy
@@ -8,7 +9,7 @@ from align.tracking.curves import Point
 from align.tracking.lineage import lineage
 from align.tracking.page import Figure, Html, html, table
 from align.tracking.parallel import STYLE, parallel_plot
-from align.tracking.ranking import Cost, labels, ranking, settings_that_differ
+from align.tracking.ranking import Cost, ranking, setting_text, settings_that_differ, short_labels
 from align.tracking.report_figures import CURVES, Curve, headline_figures, points, verdict
 from align.tracking.report_page import figure, framed, number_cell, tree_item
 from align.tracking.run_folder import RunFolder
@@ -22,7 +23,7 @@ def compare_page(runs: Sequence[RunFolder], by: SweepBy = SweepBy.auto, others: 
 
     by: what ranks them. others: of members of a sweep that have no place, a line each.
     """
-    names = labels(runs)
+    names = short_labels(runs)
     top = [f"<h1>{len(runs)} runs compared</h1>"]
     top += ["<ul>", *(_verdict_item(name, run) for name, run in zip(names, runs, strict=True)), "</ul>"]
     sections = [
@@ -52,7 +53,7 @@ def _ranking(runs: Sequence[RunFolder], names: Sequence[str], by: SweepBy) -> li
         [
             Html(f'<span class="run">{html(names[place])}</span>'),
             number_cell(found.values[place], "{:.4g}"),
-            *(_setting(values[place]) for values in found.settings.values()),
+            *(_code(values[place], setting_text) for values in found.settings.values()),
             *(Figure(html(words)) for words in found.costs[place].words()),
         ]
         for place in found.places
@@ -78,12 +79,15 @@ def _settings(runs: Sequence[RunFolder], names: Sequence[str]) -> list[str]:
     differing = settings_that_differ(runs)
     if not differing:
         return ['<p class="soft">None: their configs are the same, but for where they lie and log.</p>']
-    rows = [[Html(f"<code>{html(key)}</code>"), *map(_setting, values)] for key, values in differing.items()]
+    rows = [
+        [Html(f"<code>{html(key)}</code>"), *(_code(value, json.dumps) for value in values)]
+        for key, values in differing.items()
+    ]
     return [table(["key", *names], rows)]
 
 
-def _setting(value: Any) -> Html:
-    text = "\N{EN DASH}" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+def _code(value: Any, words: Callable[[Any], str]) -> Html:
+    text = "\N{EN DASH}" if value is None else value if isinstance(value, str) else words(value)
     return Html(f"<code>{html(text)}</code>")
 
 

@@ -1,5 +1,6 @@
 """Several runs in order: by which figure, which is the best, and in which settings they differ."""
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -79,7 +80,7 @@ class Ranking(NamedTuple):
         rows = [
             [
                 shown(self.values[at], "{:.4g}"),
-                *(_text(values[at]) for values in self.settings.values()),
+                *("" if values[at] is None else setting_text(values[at]) for values in self.settings.values()),
                 *self.costs[at].words(),
                 names[at],
             ]
@@ -111,8 +112,20 @@ def figure_of(run: RunFolder, by: SweepBy) -> float:
     return found[-1]
 
 
-def _text(value: Any) -> str:
-    return "" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+def setting_text(value: Any) -> str:
+    """A value as it is shown beside a figure: a fraction with four digits."""
+    return str(value).lower() if isinstance(value, bool) else f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _rounded(text: str) -> str:
+    return re.sub(r"\d+\.\d{5,}(e-?\d+)?", lambda found: f"{float(found[0]):.4g}", text)
+
+
+def short_labels(runs: Sequence[RunFolder]) -> list[str]:
+    """As `labels`, with four digits of long fractions as far as that tells them apart: no paths any more."""
+    exact = labels(runs)
+    short = list(map(_rounded, exact))
+    return short if len(set(short)) == len(short) else exact
 
 
 def labels(runs: Sequence[RunFolder]) -> list[str]:
