@@ -154,6 +154,8 @@ def _parse_flags(arguments: list[str]) -> argparse.Namespace:
             raise UserError(f"--{name.replace('_', '-')} is not supported; --config-dir DIR adds options of your own")
     if (flags.resolve and not flags.cfg) or (flags.package and not flags.cfg):
         raise UserError("--resolve and --package go with --cfg job")
+    if flags.multirun and flags.cfg:
+        raise UserError("--cfg shows the configuration of one run; leave -m out, and name one value")
     return flags
 
 

@@ -208,6 +208,12 @@ def test_what_a_sweep_cannot_do_is_said_in_one_line(sweeping, capsys, arguments,
     assert not Path("out").exists()
 
 
+def test_the_configuration_of_several_runs_is_not_shown_by_running_them(sweeping, capsys):
+    assert sweeping(lambda config: 0.1, "stages.dpo.beta=0.1,0.2", "--cfg", "job") == 2
+    assert "--cfg shows the configuration of one run" in capsys.readouterr().err
+    assert not Path("out").exists()
+
+
 def test_a_search_needs_one_process(sweeping, capsys, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert sweeping(lambda config: 0.0, "sweep.by=loss", *SEARCH) == 2
