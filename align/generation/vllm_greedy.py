@@ -14,14 +14,21 @@ SETTING = Setting("stages.export.vllm=true", "stages.export.vllm=false")
 
 
 def why_not_vllm(device: str) -> str | None:
-    """Why vLLM cannot be asked here; None where it can."""
-    if not device.startswith("cuda"):
-        return "no GPU here for it"
+    """Why vLLM cannot be asked here; None where it can: on a GPU, or on a CPU if it was built for that."""
     try:
         SETTING.vllm()
+        if device.startswith("cuda") or _built_for_cpu():
+            return None
     except UserError:
-        return "not installed"
-    return None
+        if device.startswith("cuda"):
+            return "not installed"
+    return "no GPU here for it"
+
+
+def _built_for_cpu() -> bool:
+    from vllm.platforms import current_platform
+
+    return bool(current_platform.is_cpu())
 
 
 def vllm_read(
@@ -50,6 +57,7 @@ def vllm_read(
         revision=None,
         trust_remote_code=trust_remote_code,
         pickled_weights=False,
+        enforce_eager=True,  # compiling takes longer than these few replies
     )
     try:
         greedy = drawn_by(vllm, 0, sorted(stop_token_ids), max_new_tokens, 0.0, logprobs=0, detokenize=False)

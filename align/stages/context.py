@@ -9,7 +9,7 @@ from typing import Any
 from align.config.best import measured
 from align.config.keys import EVERY_SLOT, slots_of
 from align.config.redaction import redacted
-from align.config.schema import RunConfig
+from align.config.schema import RunConfig, StageConfig
 from align.distributed.runtime import Runtime
 
 RUN_DIR = "<run_dir>"
@@ -55,9 +55,11 @@ def stage_record(config: RunConfig, stage_name: str, run_dir: Path) -> dict[str,
     for slot in EVERY_SLOT - set(slots_of(config, stage_name)):
         del data[slot]
     del model["path"], model["pickled_weights"]
-    stage = plain(getattr(config.stages, stage_name))
-    # Whether it is ended early is no part of what it makes if it is not.
-    stage.pop("prune", None)
+    settings = getattr(config.stages, stage_name)
+    stage = plain(settings)
+    if isinstance(settings, StageConfig):
+        # Whether it may be ended early is no part of what it makes if it is not.
+        del stage["prune"]
     record = {
         "stages": {stage_name: stage},
         "model": model,

@@ -59,6 +59,7 @@ class LLM:
         max_model_len: int | None = None, max_num_seqs=256, max_num_batched_tokens=8192, gpu_memory_utilization=0.9,
         enable_sleep_mode=False, enable_prefix_caching=True, logprobs_mode="raw_logprobs", generation_config="auto",
         tensor_parallel_size=1, distributed_executor_backend=None, load_format="auto",
+        enforce_eager=False,
     ):  # fmt: skip
         if gpu_memory_utilization > 1:
             raise ValueError("1 validation error\n  gpu_memory_utilization is too much")

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -349,8 +350,14 @@ def test_vllm_is_asked_the_same_and_reads_the_same(monkeypatch):
     assert parity(ours, wrong, 0.5).fault
 
 
-def test_vllm_is_left_out_where_it_cannot_run():
+@pytest.mark.parametrize(("built_for_cpu", "why"), [(True, None), (False, "no GPU here for it")])
+def test_vllm_is_asked_on_a_cpu_if_it_was_built_for_one(monkeypatch, built_for_cpu, why):
     assert why_not_vllm("cpu") == "no GPU here for it"
+    stand_in_vllm.install(monkeypatch)
+    platform = SimpleNamespace(is_cpu=lambda: built_for_cpu)
+    monkeypatch.setitem(sys.modules, "vllm.platforms", SimpleNamespace(current_platform=platform))
+    assert why_not_vllm("cpu") == why
+    assert why_not_vllm("cuda:0") is None
 
 
 def test_an_adapter_can_be_exported_and_nothing_else_starts_from_one(trained, tmp_path):
