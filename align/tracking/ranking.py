@@ -22,6 +22,8 @@ RANKED_BY = {
 }
 """How figures end by which runs are ranked, the first that all have; 1: more is better. A loss comes last: with another
 beta or another objective it is another loss."""
+JUDGED = {"evaluated": "evaluate", "classified": "classify"}
+"""How a figure of a stage that trains nothing begins -> that stage."""
 NOT_A_SETTING = ("run_dir", "cache_dir", "do", "out", "report", "plan", "launch", "log", "sweep")
 
 
@@ -144,7 +146,7 @@ def ranked(runs: Sequence[RunFolder], by: SweepBy = SweepBy.auto) -> tuple[str, 
     found = [headline_figures(run) for run in runs]
     for name, better in RANKED_BY.values() if by is SweepBy.auto else [RANKED_BY[by]]:
         keys = [key for key in found[0] if key.endswith(name) and all(key in figures for figures in found)]
-        keys = [key for key in keys if _same_rows(runs, key.split(":")[0].replace("evaluated", "evaluate"))]
+        keys = [key for key in keys if _same_rows(runs, JUDGED.get(key.split(":")[0], key.split(":")[0]))]
         if keys:
             # Of stages that all ran the last one counts.
             of_runs = [figures[keys[-1]] for figures in found]

@@ -340,6 +340,9 @@ def headline_figures(run: RunFolder) -> dict[str, float]:
         last = list(_models(run.evaluated))[-1:]
         for figure, models in model_figures(run.evaluated).items():
             found |= {f"evaluated: {figure}": models[name].value for name in last if name in models}
+    if run.classified is not None:
+        for one in list(_models(run.classified).values())[-1:]:
+            found["classified: accuracy"] = one["accuracy"]["mean"]
     for stage in run.trained:
         found |= {f"{c.stage}: {c.figure}": c.after for c in changes(stage.manifest)}
     return found

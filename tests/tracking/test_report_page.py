@@ -221,3 +221,12 @@ def test_of_runs_that_are_as_good_the_one_that_trained_less_comes_first(tmp_path
     assert [line.split()[2:] for line in ranking(runs).lines(labels(runs))[1:]] == [
         ["1,024", "MiB", "1", "h", "01", "min", name] for name in "cba"
     ]
+
+
+def test_classifiers_are_ranked_by_the_accuracy_of_the_last_model(tmp_path):
+    rows = [entry("data.demonstrations", "rows.jsonl", "a" * 64)]
+    for name, accuracy in (("a", 0.5), ("b", 0.75)):
+        models = {"base": {"accuracy": {"mean": 0.9}}, "sft": {"accuracy": {"mean": accuracy}}}
+        write_stage(tmp_path / name / "classify", "classify", rows, scores={"models": models})
+    runs = [read_run(tmp_path / name) for name in "ab"]
+    assert ranked(runs) == ranked(runs, SweepBy.label_accuracy) == ("classified: accuracy", [1, 0])
